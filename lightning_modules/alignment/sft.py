@@ -1,0 +1,35 @@
+"""Supervised fine-tuning, on given solutions or on the model's own correct ones."""
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from datamodules.batches import TokenBatch, Trajectory, TrajectoryBatch
+from lightning_modules.alignment.policy_method import PolicyMethod, token_mean
+
+
+class SFT(PolicyMethod):
+    """Cross-entropy on the answer tokens of worked solutions."""
+
+    batch_type: ClassVar[type] = TokenBatch
+
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
+        log_probs = self.policy(batch["ids"], batch["mask"]).log_probs
+        loss = token_mean(-log_probs, batch["token_share"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+
+class RFT(SFT):
+    """Rejection-sampling fine-tuning: cross-entropy on the unique correct answers sampled (arXiv 2308.01825).
+
+    Also known as STaR (arXiv 2203.14465) and RAFT (arXiv 2304.06767), here one round of it.
+    """
+
+    batch_type: ClassVar[type] = TrajectoryBatch
+
+    def keep(self, trajectories: list[Trajectory]) -> list[Trajectory]:
+        unique = {(t.prompt_id, tuple(t.response_ids)): t for t in reversed(trajectories) if t.reward > 0}
+        if not unique:
+            raise ValueError("no sampled answer is correct: raise rollouts.k or start from a better policy")
+        return list(reversed(unique.values()))

@@ -1,0 +1,128 @@
+"""From a configuration to Lightning's objects."""
+
+import importlib.util
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import lightning as L
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_modules.method import Method
+from tessera.checkpoints import VerifiedCheckpointIO
+from tessera.metrics_csv import MetricsCSV
+from tessera.progress import progress_bar
+from tessera.report import Figures
+
+
+def strategy(name: str, world: int, minutes: float) -> Strategy | str:
+    """Lightning's strategy for `trainer.strategy`; FSDP2 shards over all processes.
+
+    Lightning's own "auto" sizes put every process of one node on tensor parallelism, which shards nothing here.
+    """
+    timeout = timedelta(minutes=minutes)
+    if name == "ddp":
+        return DDPStrategy(timeout=timeout)
+    if name == "fsdp":
+        sizes = {"data_parallel_size": world, "tensor_parallel_size": 1}
+        return ModelParallelStrategy(**sizes, save_distributed_checkpoint=False, timeout=timeout)
+    return name
+
+
+def callbacks(settings: DictConfig, monitor: str, mode: str, folder: Path) -> list[Callback]:
+    """The newest checkpoints, the best one by the headline metric, early stopping where asked for."""
+    checkpoints = folder / "checkpoints"
+    newest = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="step={step:06d}",
+        auto_insert_metric_name=False,
+        monitor="step",
+        mode="max",
+        save_top_k=settings.keep,
+        every_n_train_steps=settings.checkpoint_every,
+        save_on_train_epoch_end=False,
+    )
+    best = ModelCheckpoint(
+        dirpath=checkpoints,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        enable_version_counter=False,
+    )
+    stop = [EarlyStopping(monitor, mode=mode, patience=settings.patience)] if settings.patience else []
+    return [newest, best, *stop]
+
+
+def wandb_mode() -> str:
+    """online when there is a key and the service answers within two seconds, else offline."""
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    has_key = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in _netrc()
+    address = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if not has_key:
+        return "offline"
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=2).close()
+        return "online"
+    except OSError as error:
+        print(f"warning: W&B at {address.netloc} does not answer ({error}); logging offline", file=sys.stderr)
+        return "offline"
+
+
+def _netrc() -> str:
+    path = Path.home() / ".netrc"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def loggers(settings: DictConfig, folder: Path, name: str, config: DictConfig) -> list[Logger]:
+    """metrics.csv always; W&B and TensorBoard where the configuration names them."""
+    made: list[Logger] = [MetricsCSV(folder)]
+    if "wandb" in settings:
+        from lightning.pytorch.loggers import WandbLogger
+
+        offline = wandb_mode() != "online"
+        made.append(WandbLogger(name=name, save_dir=folder, offline=offline, id=folder.name, **settings.wandb))
+        made[-1].log_hyperparams(OmegaConf.to_container(config, resolve=True))
+    if "tensorboard" in settings:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("logger=tensorboard needs TensorBoard: pip install 'tessera[tensorboard]', or logger=csv")
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        made.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    return made
+
+
+def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: int) -> L.Trainer:
+    """Lightning's Trainer with our strategy, checkpoint I/O, loggers and callbacks."""
+    settings: dict[str, Any] = dict(config.trainer)
+    every = settings.pop("val_check_interval") * settings["accumulate_grad_batches"]
+    minutes = settings.pop("timeout_minutes")
+    settings["strategy"] = strategy(settings["strategy"], world, minutes)
+    monitor, mode = method.headline
+    return instantiate(
+        {"_target_": settings.pop("_target_")},
+        **settings,
+        # counted in optimizer steps here and in micro-batches by Lightning
+        val_check_interval=every or None,
+        limit_val_batches=None if every else 0,
+        check_val_every_n_epoch=None if every else 1,
+        default_root_dir=folder,
+        logger=loggers(config.logger, folder, name, config),
+        callbacks=[
+            *callbacks(config.callbacks, method.metric(monitor), mode, folder),
+            Figures(folder),
+            progress_bar(name),
+        ],
+        plugins=[VerifiedCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )

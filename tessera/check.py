@@ -1,0 +1,88 @@
+"""Whether model, data and machine fit together: asked once their code is imported, before anything is loaded."""
+
+import os
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig
+
+from tessera import ranks
+from tessera.words import Refusal
+
+
+def available(accelerator: str) -> int:
+    """Devices of an accelerator; a CPU takes as many processes as one likes."""
+    if accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available()):
+        return torch.cuda.device_count()
+    return 1024
+
+
+def devices(settings: DictConfig) -> int:
+    """Processes on this node that `trainer.devices` asks for; `auto` is all GPUs, or one process on a CPU."""
+    asked = settings.devices
+    if asked in ("auto", -1, "-1"):
+        count = available(settings.accelerator)
+        return 1 if count >= 1024 else count
+    return int(asked)
+
+
+def devices_to_start(config: DictConfig) -> int:
+    """Processes that this one has to start: 1 when torchrun started it, or when one is all that is asked for."""
+    return 1 if "LOCAL_RANK" in os.environ else devices(config.trainer)
+
+
+def batch_types(data: DictConfig) -> dict[str, Any]:
+    """The kinds of batch that a datamodule serves, by name."""
+    return {kind.__name__: kind for kind in get_class(data._target_).serves}
+
+
+def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
+    """One sentence for everything that does not fit, with the word to change."""
+    checks = (_batches(config, choices), *_machine(config.trainer), *_sizes(config))
+    return [reason for reason in checks if reason]
+
+
+def refuse(config: DictConfig, choices: dict[str, str]) -> None:
+    """Raise Refusal with all problems, if there are any."""
+    found = problems(config, choices)
+    if found:
+        raise Refusal(found)
+
+
+def _batches(config: DictConfig, choices: dict[str, str]) -> str | None:
+    wanted, served = get_class(config.model._target_).batch_type.__name__, batch_types(config.data)
+    if wanted in served:
+        return None
+    return f"model={choices['model']} eats {wanted}, and data={choices['data']} serves {', '.join(served)}: change one"
+
+
+def _machine(settings: DictConfig) -> list[str | None]:
+    asked, there = devices(settings), available(settings.accelerator)
+    on_cpu = settings.accelerator == "cpu" or there >= 1024
+    world = ranks.world_size()
+    return [
+        f"trainer.accelerator={settings.accelerator}: there is no GPU here; trainer=cpu runs without" if not there else
+        f"trainer.devices={asked}: there are {there} devices here" if asked > there else None,
+        f"trainer.precision={settings.precision}: float16 needs a GPU; bf16-mixed or 32-true run on a CPU"
+        if on_cpu and str(settings.precision).startswith("16") else None,
+        f"trainer.strategy={settings.strategy}: there are auto, ddp and fsdp"
+        if settings.strategy not in ("auto", "ddp", "fsdp") else None,
+        f"trainer.strategy=fsdp shards over several processes, and trainer.devices={asked}: take trainer=cpu or more"
+        if settings.strategy == "fsdp" and max(asked, world) < 2 else None,
+        f"trainer.strategy=auto with {max(asked, world)} processes: take trainer=ddp or trainer=fsdp"
+        if settings.strategy == "auto" and max(asked, world) > 1 else None,
+        "trainer.max_steps and trainer.max_epochs are both unlimited: give one of them"
+        if settings.max_steps < 0 and settings.max_epochs < 0 else None,
+    ]  # fmt: skip
+
+
+def _sizes(config: DictConfig) -> list[str | None]:
+    batch = config.data.get("batch_size")
+    shares = max(devices(config.trainer), ranks.world_size()) * config.trainer.accumulate_grad_batches
+    return [
+        f"data.batch_size={batch} must be positive" if batch is not None and batch < 1 else None,
+        f"data.batch_size={batch} cannot be dealt out to {shares} micro-batches (trainer.devices x "
+        f"trainer.accumulate_grad_batches): take a multiple of {shares}"
+        if batch is not None and batch > 0 and batch % shares else None,
+    ]  # fmt: skip

@@ -1,0 +1,100 @@
+"""Checkpoints that are complete or absent, and never execute anything.
+
+A file is written beside its target, flushed to the disk and renamed; then its step, size and SHA-256 go into
+`manifest.json` of the folder. What the manifest does not confirm does not exist.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_whole(path: Path, write: Any) -> None:
+    """Call `write(file)` on a file beside `path`, sync it and rename it: readers see the old bytes or all the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Entries by file name: step, bytes, sha256. Empty where there is no manifest."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole and recorded with their digest."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        write_whole(path, lambda file: torch.save(checkpoint, file))
+        manifest = read_manifest(path.parent)
+        manifest = {name: entry for name, entry in manifest.items() if (path.parent / name).exists()}
+        entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": sha256(path)}
+        write_text(path.parent / MANIFEST, json.dumps(manifest | {path.name: entry}, indent=1))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        verify(Path(path))
+        return super().load_checkpoint(path, map_location=map_location, weights_only=True)
+
+
+def verify(path: Path) -> None:
+    """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
+    if not path.is_file():
+        raise ValueError(f"ckpt_path={path}: there is no such checkpoint file")
+    entry = read_manifest(path.parent).get(path.name)
+    if entry is None:
+        return  # a file from elsewhere: nothing to compare with, and loading reads tensors only
+    if path.stat().st_size != entry["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes where {entry['bytes']} were written: it is truncated")
+    if sha256(path) != entry["sha256"]:
+        raise ValueError(f"{path} differs from what was written (SHA-256): it is damaged, take an earlier one")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A verified checkpoint's tensors and plain values. Anything executable in it is refused unread."""
+    verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = re.split(r"(?<=\w)\. |\n", str(error))[0]
+        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({reason})") from error
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The valid checkpoint with the most steps, and one sentence for every newer one that was passed over."""
+    passed_over = []
+    by_step = sorted(read_manifest(folder).items(), key=lambda item: item[1]["step"], reverse=True)
+    for name, _ in by_step:
+        try:
+            verify(folder / name)
+            return folder / name, passed_over
+        except ValueError as error:
+            passed_over.append(str(error))
+    return None, passed_over

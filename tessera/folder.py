@@ -1,0 +1,94 @@
+"""The folder of a run: found again by what the run is, held by one process at a time."""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tessera.checkpoints import write_text
+
+# What changes where a run happens or how it is shown, but not what it computes
+COSMETIC = ("logger", "callbacks", "output", "resume", "ckpt_path", "compare", "start", "stages", "traceback")
+PACKAGES = ("lightning_modules", "datamodules", "kernels")
+
+
+def source_digest() -> str:
+    """A digest of the methods' and data modules' source: a cached result never outlives the code that made it."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(config: DictConfig, inputs: dict[str, str]) -> str:
+    """What identifies a run: its configuration less the cosmetic parts, its inputs' digests and the source."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    plain = {key: value for key, value in plain.items() if key not in COSMETIC}
+    text = json.dumps({"config": plain, "inputs": inputs, "source": source_digest()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class RunFolder:
+    """`<output>/<model>/<data>/<time>-<id>/`, and the little that says what happened in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def results(self) -> dict[str, Any] | None:
+        """results.json, once the run has ended."""
+        path = self.path / "results.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json: fingerprint, words and start of the run."""
+        path = self.path / "run.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @classmethod
+    def create(cls, parent: Path, record: dict[str, Any], config: DictConfig) -> "RunFolder":
+        """A new folder; two runs of the same second get two folders."""
+        path = parent / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+        path.mkdir(parents=True, exist_ok=False)
+        write_text(path / "config.yaml", OmegaConf.to_yaml(config))
+        write_text(path / "run.json", json.dumps(record, indent=1))
+        return cls(path)
+
+    @classmethod
+    def latest(cls, parent: Path, identity: str) -> "RunFolder | None":
+        """The newest run under `parent` with that fingerprint."""
+        folders = [cls(path.parent) for path in sorted(parent.glob("*/run.json"), reverse=True)]
+        return next((folder for folder in folders if folder.record.get("fingerprint") == identity), None)
+
+
+@contextmanager
+def held(parent: Path, identity: str) -> Iterator[None]:
+    """Hold a run's identity under `parent`; wait, and say for whom, while another process is at work on the same run.
+
+    The lock is the operating system's: it ends with its process, however that ends.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    with (parent / f".{identity[:16]}.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            print(f"waiting for {file.read().strip()}, at work on the same run", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield

@@ -1,0 +1,55 @@
+"""Progress on the screen: a bar with the headline metric, or plain lines where nobody watches a terminal."""
+
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+
+SHOWN = ("loss", "greedy", "sampled", "auc", "units_per_s")
+
+
+def _shown(metrics: dict[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if name.rsplit("/")[-1] in SHOWN and not name.startswith("test")
+    }
+
+
+class Bar(RichProgressBar):
+    """Lightning's Rich bar with only what one looks at."""
+
+    def get_metrics(self, trainer, pl_module):
+        return _shown(super().get_metrics(trainer, pl_module) | trainer.callback_metrics)
+
+
+class Lines(ProgressBar):
+    """A line every ten seconds: step, time left, what is shown beside a bar."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.run_name = name
+        self._began = self._last = time.monotonic()
+        self._first_step = 0
+
+    def disable(self) -> None:
+        self._last = float("inf")
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._began = self._last = time.monotonic()
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:
+        step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+        if time.monotonic() - self._last < 10 and step < total:
+            return
+        self._last = time.monotonic()
+        left = (self._last - self._began) / max(1, step - self._first_step) * (total - step)
+        metrics = "  ".join(f"{name} {value:.4g}" for name, value in _shown(trainer.callback_metrics).items())
+        print(f"{self.run_name}  step {step}/{total}  {left:.0f} s left  {metrics}", flush=True)
+
+
+def progress_bar(name: str) -> Callback:
+    """The bar for a terminal, the lines for a file."""
+    return Bar() if sys.stdout.isatty() else Lines(name)

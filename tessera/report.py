@@ -1,0 +1,209 @@
+"""What a run leaves for people: results.json, a table, learning curves, a model card."""
+
+import csv
+import importlib.metadata
+import json
+import platform
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from tessera.checkpoints import write_text
+from tessera.folder import RunFolder
+
+LIBRARIES = ("torch", "lightning", "transformers", "numpy")
+COLUMNS = ("greedy", "sampled", "maj@", "pass@", "auc", "reward", "format_rate")
+
+
+class Figures(Callback):
+    """Save the method's figures after every validation and test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "figures"
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        self._save(trainer, pl_module)
+
+    def on_test_end(self, trainer, pl_module) -> None:
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer, method) -> None:
+        figures = method.figures()  # on every process: a sharded network answers only when all ask
+        if trainer.is_global_zero:
+            for name, figure in figures.items():
+                save_figure(figure, self.folder / f"{name}.png")
+        plt.close("all")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A PNG that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(path)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, marked when files differ from it; None outside of git."""
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Python and the libraries that numbers depend on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def write_results(folder: RunFolder, plan: Any, method: Any, metrics: dict[str, float], seconds: float) -> None:
+    """results.json: the last thing a run writes, so that its presence says that the run has ended."""
+    name, direction = method.headline
+    tested = method.metric(name.replace("val/", "test/"))
+    value = metrics.get(tested, metrics.get(method.metric(name)))
+    results = {
+        "model": plan.name,
+        "data": {"name": plan.data.name, "standin": method.standin, "source": plan.data.source.origin},
+        "headline": {"metric": tested, "direction": direction, "value": value},
+        "metrics": metrics,
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
+        "seed": plan.config.seed,
+        "started_from": str(plan.start.path) if plan.start else plan.config.policy_weights,
+        "command": command(plan.words),
+        "commit": git_commit(),
+        "versions": versions(),
+    }
+    curves = learning_curves(folder.path / "metrics.csv")
+    if curves is not None:
+        save_figure(curves, folder.path / "figures" / "learning_curves.png")
+        plt.close(curves)
+    write_text(folder.path / "results.json", json.dumps(results, indent=1))
+    write_card(folder, {results["model"].upper(): folder})
+
+
+def command(words: list[str]) -> str:
+    """What to type to repeat a run."""
+    return shlex.join(["python", "train.py", *words])
+
+
+def learning_curves(path: Path) -> Any:
+    """One panel for every group of logged metrics that is worth a look, against the step."""
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in (rows[0] if rows else {}) if re.search(r"loss|greedy$|auc$|log_ratio|value_start|reward$|grad_norm", name)]
+    names = [name for name in names if not name.startswith("test")]
+    panels = sorted({name.rpartition("/")[2].rpartition("_")[0] or name for name in names})
+    groups = {panel: [n for n in names if (n.rpartition("/")[2].rpartition("_")[0] or n) == panel] for panel in panels}
+    if not groups:
+        return None
+    columns = min(3, len(groups))
+    height = -(-len(groups) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False, layout="constrained")
+    for axis, members in zip(axes.flat, groups.values()):
+        for name in members:
+            points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+            axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+        axis.legend(fontsize=7)
+        axis.set_xlabel("step")
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def finish(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
+    """Print the table of a run beside those it is compared with, and write it into the card."""
+    write_card(folder, rows)
+    console = Console(width=None if Console().is_terminal else 160)
+    console.print(_rich_table(rows))
+    for note in _notes(rows):
+        console.print(note)
+    console.print(f"figures, samples and the model card are in {folder.path}")
+
+
+def _cells(results: dict[str, Any]) -> dict[str, str]:
+    """Test metrics by short name, in per cent with their interval."""
+    metrics = {re.sub(r"^test[^/]*/", "", n): v for n, v in results["metrics"].items() if n.startswith("test")}
+    cells = {}
+    for name, value in metrics.items():
+        if name.startswith(COLUMNS) and not name.endswith(("_low", "_high")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else ""
+            cells[name] = f"{100 * value:.1f}{interval}"
+    return cells
+
+
+def _table(rows: dict[str, RunFolder]) -> tuple[list[str], list[list[str]]]:
+    cells = {label: _cells(run.results) for label, run in rows.items()}
+    found = {name for row in cells.values() for name in row}
+    names = sorted(found, key=lambda name: next(i for i, start in enumerate(COLUMNS) if name.startswith(start)))
+    body = [
+        [label, *(cells[label].get(name, "") for name in names), f"{run.results['seconds']:.0f}"]
+        for label, run in rows.items()
+    ]
+    return ["", *names, "seconds"], body
+
+
+def _rich_table(rows: dict[str, RunFolder]) -> Table:
+    header, body = _table(rows)
+    data = next(iter(rows.values())).results["data"]["name"]
+    table = Table(title=f"{data}: per cent of held-out problems, 95 % bootstrap intervals over problems")
+    for name in header:
+        table.add_column(name, no_wrap=True)
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def _notes(rows: dict[str, RunFolder]) -> list[str]:
+    results = [run.results for run in rows.values()]
+    notes = []
+    if any(r["data"]["standin"] for r in results):
+        notes.append("These problems are a generated stand-in: the numbers say nothing about the real data set.")
+    if {"dqo", "rft"} <= {r["model"] for r in results}:
+        notes.append(
+            "At this scale RFT and DRO are as good as DQO or better; DQO's case is partial credit on larger models."
+        )
+    return notes
+
+
+def write_card(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
+    """README.md of the run folder."""
+    results = folder.results
+    header, body = _table(rows)
+    lines = [" | ".join(["", *line, ""]).strip() for line in (header, ["---"] * len(header), *body)]
+    figures = sorted((folder.path / "figures").glob("*.png"))
+    start = f", starting from `{results['started_from']}`" if results["started_from"] else ""
+    text = [
+        f"# {results['model']} on {results['data']['name']}",
+        "",
+        f"{results['parameters']:,} trained parameters, seed {results['seed']}, data from {results['data']['source']}{start}.",
+        "",
+        *lines,
+        "",
+        "Per cent of held-out problems with 95 % bootstrap intervals over problems.",
+        *_notes(rows),
+        "",
+        *(f"![{figure.stem}](figures/{figure.name})" for figure in figures),
+        "",
+        f"Repeat it with `{results['command']}` at commit {results['commit']}.",
+        f"Versions: {', '.join(f'{name} {version}' for name, version in results['versions'].items())}.",
+        "The policy in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has every answer.",
+        "",
+    ]
+    write_text(folder.path / "README.md", "\n".join(text))

@@ -1,0 +1,75 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tessera.compose import CONF, compose
+from tessera.words import groups, help_text, phase, problems
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("model=dqq", "did you mean dqo"),
+        ("optimiser=adamw", "did you mean optimizer"),
+        ("trainer.max_step=3", "did you mean trainer.max_steps"),
+        ("lr=3", "did you mean optimizer.lr"),
+        ("trainer.max_steps=abc", "expected a number"),
+        ("data.strip_annotations=3", "expected true or false"),
+        ("data.path=/no/such/folder", "there is no such file or folder"),
+        ("ckpt_path=nowhere.ckpt", "there is no such file or folder"),
+        ("policy=hf", "policy.name needs a value"),
+        ("model=sft,dqo", "needs -m"),
+        ("nonsense", "not of the form key=value"),
+    ],
+)
+def test_a_wrong_word_is_named_with_the_word_to_change(word, remedy):
+    found = problems([word])
+    assert len(found) == 1
+    assert remedy in found[0]
+    assert "\n" not in found[0]
+
+
+def test_all_problems_of_a_command_line_are_found_together():
+    assert len(problems(["model=dqq", "optimizer.lrr=1", "trainer.max_steps=many", "data.path=/none"])) == 4
+
+
+def test_sound_words_have_no_problems():
+    assert problems(["model=rft", "data=math", "policy=smollm2", "optimizer.lr=1e-4", "trainer.max_steps=20"]) == []
+    assert problems(["model=sft,rft", "seed=1,2"], multirun=True) == []
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_every_choice_composes(path):
+    group = path.parent.name
+    if group in ("recipe", "sweep"):
+        pytest.skip("chosen through others")
+    word = f"{group}@model.objective={path.stem}" if group == "objective" else f"{group}={path.stem}"
+    compose([word])
+
+
+def test_every_choice_says_what_it_is():
+    assert [f"{group}={word}" for group, words in groups().items() for word, text in words.items() if not text and group != "recipe"] == []
+
+
+def test_a_run_that_prepares_takes_the_shared_words_and_leaves_the_methods_own():
+    user = ["model=dqo", "data=math", "model.kl=0.1", "optimizer.lr=3", "trainer.max_steps=7", "seed=2", "resume=x"]
+    assert phase(["model=sft"], user) == ["model=sft", "data=math", "trainer.max_steps=7", "seed=2", "compare=null"]
+    assert compose(phase(["model=sft"], user))[0].trainer.max_steps == 7
+
+
+def test_help_names_every_word():
+    text = help_text()
+    assert all(re.search(rf"^  {re.escape(word)}\b", text, re.M) for word in groups()["model"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["modell=dqo"]])
+def test_answers_about_the_command_line_never_import_torch(words):
+    """What makes --help, --cfg job and a typo answer at once, without asserting a time."""
+    code = f"import sys; sys.argv = ['train.py', *{words!r}]\nimport runpy\ntry: runpy.run_path({str(TRAIN)!r}, run_name='__main__')\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=TRAIN.parent)
+    assert done.returncode == 0, done.stderr
