@@ -34,8 +34,10 @@ def job(config: DictConfig) -> None:
         devices = devices_to_start(config)
         status = ranks.launch(words, devices) if devices > 1 else main(words)
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far",
-              file=sys.stderr)
+        print(
+            "\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far",
+            file=sys.stderr,
+        )
         status = 130
     except Exception as error:
         status = report(error, config.traceback)

@@ -3,10 +3,10 @@
     python benchmarks/rollout.py [--policy tiny|smollm2] [--repeats 5] [--threads 1]
 
 Two cases. "equal": no response ends before `max_new`, so both sides compute the same tokens. "ragged": responses end at
-different steps, as real ones do. Random weights never stop by themselves, so the end token gets a constant added to its
-logit (on both sides, as a bias of the output layer): ln(vocabulary / mean length) makes a near-uniform distribution end
-after about that many tokens; in the equal case the bias is so negative that it never does. Tokens after the end are
-not counted. The sides alternate within a repeat, so that a slow moment of the machine hits both.
+different steps, as real ones do. Neither random weights nor a real model fed with random tokens stop by themselves, so
+the end token gets a constant added to its logit (on both sides, as a bias of the output layer), chosen from the logits
+after the prompts such that a response ends after about `max_new / 2` tokens; in the equal case it never does. Tokens
+after the end are not counted. The sides alternate within a repeat, so that a slow moment of the machine hits both.
 """
 
 import argparse
@@ -28,11 +28,14 @@ CASES = ("equal", "ragged")
 SIZES = {"tiny": (128, 8, (25, 43), 110, 512), "smollm2": (4, 4, (40, 60), 48, 16)}
 
 
-def bias_end(policy: Policy, value: float) -> None:
-    """Add `value` to the logit of the end tokens."""
+@torch.no_grad()
+def bias_end(policy: Policy, prompts: list[list[int]], mean_length: float) -> None:
+    """Add to the logit of the end token what makes it `1 / mean_length` likely after the prompts."""
     head = policy.causal_lm.get_output_embeddings()
+    logits = torch.stack([policy.model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+    gap = (logits.logsumexp(-1) - logits[:, policy.stop_ids[0]]).mean()
     bias = torch.zeros(head.out_features, dtype=head.weight.dtype)
-    bias[policy.stop_ids] = value
+    bias[policy.stop_ids] = gap - math.log(mean_length)
     head.bias = nn.Parameter(bias, requires_grad=False)
 
 
@@ -78,11 +81,10 @@ def measure(name: str, case: str, repeats: int) -> None:
     """Print one line for the case."""
     count, k, (low, high), max_new, rows = SIZES[name]
     policy = {"tiny": tiny, "smollm2": smollm2}[name]().eval()
-    vocabulary = policy.causal_lm.config.vocab_size
-    bias_end(policy, -1e4 if case == "equal" else math.log(vocabulary / (max_new / 2)) + (12 if name != "tiny" else 0))
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     prompts = [torch.randint(300, 595, (length,), generator=generator).tolist() for length in lengths]
+    bias_end(policy, prompts[:4], 1e9 if case == "equal" else max_new / 2)
     args = (policy, prompts, k, Sampling(max_new=max_new), rows)
     pairs = [(rate(ours, *args), rate(theirs, *args)) for _ in range(repeats + 1)][1:]  # the first warms up
     ratios = sorted(mine[0] / other[0] for mine, other in pairs)

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib import metadata
-from typing import Literal
 
 MAX_NUMBER, MAX_EXPRESSION, MAX_ANSWER = 100, 200, 2_000  # characters; bounds both time and memory of exact arithmetic
 WORKER_START = 120.0  # seconds; importing sympy takes two on an idle machine
@@ -113,12 +112,13 @@ def number(text: str | None) -> Fraction | None:
 
 OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),  # GSM8K has two
+       ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 
 
 def arithmetic(expression: str) -> Fraction | None:
-    """The exact value of digits, `+ - * /` and brackets, or None when it is anything else, too long or divides by 0.
+    """The exact value of digits, `+ - * / //` and brackets, or None when it is anything else, too long or divides by 0.
 
     There is no power: the length of the text bounds the length of the result.
     """
@@ -158,8 +158,8 @@ MATH_RULES = [(re.compile(pattern, re.DOTALL | re.ASCII), replacement) for patte
     (r"^\s+|\s+$", ""),
     (r"\\sqrt\s*(\\[a-zA-Z]+|[^\s{\[\\])", r"\\sqrt{\1}"),
     (r"(?<!\d) +| +(?!\d)", ""),  # ours: a space between digits stays, or 3 1/2 would be 31/2
-    (r"\\frac([^{\\\s])", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})([^{\\\s])", r"\1{\2}"),
+    (r"\\frac\s*([^{\\\s])", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\})\s*([^{\\\s])", r"\1{\2}"),
     (r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}"),
 )]  # fmt: skip
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", re.ASCII)
@@ -306,7 +306,7 @@ class NumberAnswer:
     `extract` is "strict" (after `####`, as GSM8K's solutions end) or "flexible" (the last number of the text).
     """
 
-    def __init__(self, extract: Literal["strict", "flexible"] = "strict"):
+    def __init__(self, extract: str = "strict"):
         extractors = {"strict": strict_number, "flexible": flexible_number}
         if extract not in extractors:
             raise ValueError(

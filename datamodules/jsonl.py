@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 MAX_INTEGER_DIGITS = 100  # beyond what a float holds (308) nothing downstream can be computed, and parsing is quadratic
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 OPENINGS = {
     b"<": "looks like an HTML page: download the raw file",
     b"version https://git-lfs": "is a Git LFS pointer, not the data: run `git lfs pull`",
@@ -73,9 +74,8 @@ def regular_file(path: Path | str) -> Path:
     if not exists:
         raise FileNotFoundError(f"{path} does not exist (looked for the file {path.absolute()}): correct the path")
     if not regular:
-        raise ValueError(
-            f"{path} is not a regular file: give a file inside it" if path.is_dir() else f"{path} is not a regular file"
-        )
+        kind = "a directory" if path.is_dir() else "a device or pipe"
+        raise ValueError(f"{path} is {kind}: give the path of a file")
     return path
 
 
@@ -95,7 +95,8 @@ def _lines(path: Path) -> Iterator[bytes]:
 def _record(content: bytes, path: Path, line: int, offset: int) -> dict:
     where = f"{path}, line {line}"
     if line == 1:
-        content = content.removeprefix(b"\xef\xbb\xbf")
+        offset += 3 * content.startswith(BYTE_ORDER_MARK)
+        content = content.removeprefix(BYTE_ORDER_MARK)
         _check_opening(content, path)
     try:
         record = json.loads(

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
 from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
-from datamodules.problems import Problem, find, strip_annotations
+from datamodules.problems import find, strip_annotations
 from datamodules.process_reward import annotation_rewards
 from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
@@ -157,7 +157,8 @@ class MathProblems(L.LightningDataModule):
     def _solutions(self) -> DataLoader:
         texts = [strip_annotations(r.solution) if self.strip else r.solution for r in self.parts["sft"]]
         rows = [
-            (self.encode_prompt(row.question), self.encode_response(text)) for row, text in zip(self.parts["sft"], texts)
+            (self.encode_prompt(row.question), self.encode_response(text))
+            for row, text in zip(self.parts["sft"], texts)
         ]
         fitting, long = _split(rows, lambda row: len(row[0]) > self.max_prompt or len(row[1]) > self.max_response)
         if long:
@@ -237,7 +238,9 @@ class MathProblems(L.LightningDataModule):
 
     def _questions(self, prompts: list[Prompt]) -> DataLoader:
         """This process's share, problems of similar length together; no problem is dealt out twice."""
-        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))[self.trainer.global_rank :: self.trainer.world_size]
+        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))[
+            self.trainer.global_rank :: self.trainer.world_size
+        ]
         cut = [ordered[i : i + PROMPTS_AT_ONCE] for i in range(0, len(ordered), PROMPTS_AT_ONCE)]
         return DataLoader([PromptBatch(prompts=part) for part in cut], batch_size=None)
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from datamodules.answers import boxed, plain_number
@@ -23,7 +23,6 @@ from datamodules.jsonl import field, read_jsonl, regular_file
 
 log = logging.getLogger(__name__)
 
-OnError = Literal["stop", "skip"]
 ID_FIELDS = ("id", "unique_id", "uid", "idx")
 ENDINGS = ("jsonl", "jsonl.gz", "json", "parquet")
 HUB = {"gsm8k": ("openai/gsm8k", "main")}  # mirrors of MATH move since its takedown: that one is given as a path
@@ -33,6 +32,7 @@ HELD_OUT = {
     "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14": "GSM8K's test split",
     "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132": "MATH-500",
 }
+STANDIN_SETTINGS = {"sft", "prompts", "val", "test", "misconception", "slip"}
 NAMED_FILES = {"math": {"train": "math_level5_nt_cp.jsonl", "test": "math_500.jsonl"}}
 
 
@@ -123,7 +123,7 @@ def _own_id(record: dict, default: str, path: Path | str, line: int) -> str:
 # ---- one file
 
 
-def read_gsm8k(path: Path | str, split: str = "train", on_error: OnError = "stop") -> list[Problem]:
+def read_gsm8k(path: Path | str, split: str = "train", on_error: str = "stop") -> list[Problem]:
     """The rows of a GSM8K file, JSON lines or parquet; ids are `<split>-<row>` unless the file has its own.
 
     Raises ValueError naming file, line and field; with `on_error="skip"` bad rows are left out and counted in one
@@ -132,7 +132,7 @@ def read_gsm8k(path: Path | str, split: str = "train", on_error: OnError = "stop
     return _read([Path(path)], gsm8k_problem, split, on_error)
 
 
-def read_math(path: Path | str, split: str = "train", on_error: OnError = "stop") -> list[Problem]:
+def read_math(path: Path | str, split: str = "train", on_error: str = "stop") -> list[Problem]:
     """The rows of a MATH file, JSON lines or parquet, as `read_gsm8k`; rows that name another `split` are left out."""
     return _read([Path(path)], math_problem, split, on_error)
 
@@ -160,7 +160,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
         raise ValueError(f"{path} is not a readable parquet file ({_line(error)}): download it again") from error
 
 
-def _read(paths: list[Path], make: Callable[..., Problem], split: str, on_error: OnError) -> list[Problem]:
+def _read(paths: list[Path], make: Callable[..., Problem], split: str, on_error: str) -> list[Problem]:
     problems, start = [], 0
     defects = None if _checked(on_error) == "stop" else []
     seen: dict[tuple[str, str], str] = {}
@@ -211,13 +211,13 @@ def _checked(on_error: str) -> str:
 
 def find(
     dataset: str,
-    path: str | None = None,
+    path: Path | str | None = None,
     download: bool = False,
     *,
     val_size: int = 500,
     seed: int = 0,
     standin: Mapping[str, Any] | None = None,
-    on_error: OnError = "stop",
+    on_error: str = "stop",
 ) -> Source:
     """The problems of "gsm8k" or "math" from the first place that has them.
 
@@ -239,7 +239,7 @@ def find(
     return _from_standin(dataset, seed, dict(standin or {}))
 
 
-def _existing(dataset: str, path: str) -> Path:
+def _existing(dataset: str, path: Path | str) -> Path:
     if Path(path).exists():
         return Path(path)
     root = os.environ.get("TESSERA_DATA")
@@ -249,7 +249,7 @@ def _existing(dataset: str, path: str) -> Path:
     )
 
 
-def _from_path(dataset: str, path: Path, origin: str, val_size: int, seed: int, on_error: OnError) -> Source:
+def _from_path(dataset: str, path: Path, origin: str, val_size: int, seed: int, on_error: str) -> Source:
     files = _files(dataset, path)
     rows = {split: _read(found, READERS[dataset], split, on_error) for split, found in files.items()}
     digest = hashlib.sha256()
@@ -331,7 +331,7 @@ def _connect(address: tuple[str, int], answered: threading.Event) -> None:
         pass
 
 
-def read_hub(dataset: str, split: str, on_error: OnError = "stop") -> list[Problem]:
+def read_hub(dataset: str, split: str, on_error: str = "stop") -> list[Problem]:
     """The rows of a split from the Hugging Face hub, cached by `datasets`. Raises ValueError when it fails."""
     import datasets
 
@@ -342,14 +342,14 @@ def read_hub(dataset: str, split: str, on_error: OnError = "stop") -> list[Probl
         raise ValueError(
             f"{name} cannot be read from the hub ({_line(error)}): set data.download=false or data.path"
         ) from error
-    defects = None if on_error == "stop" else []
+    defects = None if _checked(on_error) == "stop" else []
     seen: dict[tuple[str, str], str] = {}
     path = Path(f"{name}:{split}")
     made = [_made(READERS[dataset], row, f"{split}-{i}", path, i + 1, seen, defects) for i, row in enumerate(rows)]
     return _usable([problem for problems in made for problem in problems], split, [path], defects)
 
 
-def _from_hub(dataset: str, val_size: int, seed: int, on_error: OnError) -> Source:
+def _from_hub(dataset: str, val_size: int, seed: int, on_error: str) -> Source:
     rows = {split: read_hub(dataset, split, on_error) for split in ("train", "test")}
     digest = hashlib.sha256(repr(rows).encode()).hexdigest()
     origin = f"hub {HUB[dataset][0]}"
@@ -362,11 +362,16 @@ def _from_hub(dataset: str, val_size: int, seed: int, on_error: OnError) -> Sour
 def _from_standin(dataset: str, seed: int, settings: dict[str, Any]) -> Source:
     from datamodules import standin  # here, because its rows are Problems
 
+    if unknown := settings.keys() - STANDIN_SETTINGS:
+        allowed = ", ".join(sorted(STANDIN_SETTINGS))
+        raise ValueError(f"data.standin has no setting {', '.join(sorted(unknown))}: it has {allowed}")
     sizes = {part: settings.pop(part, 0) for part in ("sft", "prompts", "val", "test")}
     arguments = {"sizes": sizes, "seed": seed, "boxed": dataset == "math", **settings}
     digest = hashlib.sha256(json.dumps([standin.VERSION, arguments], sort_keys=True).encode()).hexdigest()
     name = f"{dataset}-standin"
-    log.warning("%s: no %s found, training on generated problems; results are not %s's", name, dataset, dataset)
+    log.warning(
+        "%s: no %s found, these problems are generated and results on them are not %s's", name, dataset, dataset
+    )
     return Source(name, "generated stand-in", digest, True, standin.split(**arguments))
 
 

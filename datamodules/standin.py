@@ -66,9 +66,7 @@ def generate(
     `misconception` is the chance that a "times" step is worked as an addition, `slip` the chance that one step of a
     solution is off by 1 or 2; the error propagates, and `gold` stays the true answer. `boxed` ends solutions as MATH's.
     """
-    for key, chance in (("misconception", misconception), ("slip", slip)):
-        if not 0 <= chance <= 1:
-            raise ValueError(f"{key} is a probability, got {chance}: set data.standin.{key} in [0, 1]")
+    _check_chances(misconception, slip)
     rng = random.Random(seed)
     stories = (_story(rng, misconception, slip) for _ in range(count))
     return [_problem(f"standin-{index}", story, boxed) for index, story in enumerate(stories)]
@@ -82,12 +80,19 @@ def split(
     Only the part named "sft" has `misconception` and `slip`. "test" and "val" are drawn first, so that they stay the
     same when the other sizes change.
     """
+    _check_chances(misconception, slip)
     parts, seen = {}, set()
     for part in sorted(sizes, key=lambda name: ("test", "val", name).index(name)):
         habits = (misconception, slip) if part == "sft" else (0.0, 0.0)
         rng = random.Random(f"{seed}-{part}")
         parts[part] = [_problem(f"{part}-{i}", _unseen(rng, *habits, seen), boxed) for i in range(sizes[part])]
     return {part: parts[part] for part in sizes}
+
+
+def _check_chances(misconception: float, slip: float) -> None:
+    for key, chance in (("misconception", misconception), ("slip", slip)):
+        if not 0 <= chance <= 1:
+            raise ValueError(f"{key} is a probability, got {chance}: set data.standin.{key} in [0, 1]")
 
 
 def _problem(id: str, story: Story, boxed: bool) -> Problem:

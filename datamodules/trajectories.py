@@ -52,6 +52,8 @@ def read_trajectories(path: Path | str, scorer: Callable[[str, str], Score] | No
                 responses.append(numbered)
             else:
                 empty += 1
+    if "ground_truth" in record:
+        log.warning("%s answers GSM8K's test questions: what learns from it must not be tested on them", path)
     if empty:
         log.warning("%s: %d empty responses dropped", path, empty)
     if not responses:

@@ -123,6 +123,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
         ],
         plugins=[VerifiedCheckpointIO()],
         use_distributed_sampler=False,
+        inference_mode=config.trainer.strategy != "fsdp",  # sharded parameters cannot be inference tensors
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ COSMETIC = ("logger", "callbacks", "output", "resume", "ckpt_path", "compare", "
 PACKAGES = ("lightning_modules", "datamodules", "kernels")
 
 
+@cache  # what this process imported, also when a file is edited while it runs
 def source_digest() -> str:
     """A digest of the methods' and data modules' source: a cached result never outlives the code that made it."""
     root = Path(__file__).resolve().parent.parent

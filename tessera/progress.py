@@ -42,7 +42,7 @@ class Lines(ProgressBar):
 
     def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:
         step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
-        if time.monotonic() - self._last < 10 and step < total:
+        if not trainer.is_global_zero or (time.monotonic() - self._last < 10 and step < total):
             return
         self._last = time.monotonic()
         left = (self._last - self._began) / max(1, step - self._first_step) * (total - step)

@@ -14,8 +14,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 from lightning.pytorch.callbacks import Callback
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -46,7 +46,7 @@ class Figures(Callback):
         plt.close("all")
 
 
-def save_figure(figure: Any, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """A PNG that appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
@@ -100,29 +100,30 @@ def command(words: list[str]) -> str:
     return shlex.join(["python", "train.py", *words])
 
 
-def learning_curves(path: Path) -> Any:
-    """One panel for every group of logged metrics that is worth a look, against the step."""
-    if not path.exists():
-        return None
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in (rows[0] if rows else {}) if re.search(r"loss|greedy$|auc$|log_ratio|value_start|reward$|grad_norm", name)]
-    names = [name for name in names if not name.startswith("test")]
-    panels = sorted({name.rpartition("/")[2].rpartition("_")[0] or name for name in names})
-    groups = {panel: [n for n in names if (n.rpartition("/")[2].rpartition("_")[0] or n) == panel] for panel in panels}
+PANELS = {
+    "loss": r"loss$",
+    "held-out": r"(greedy|auc)$",
+    "sum of log ratios": r"log_ratio",
+    "value and reward": r"(value_start|/reward)$",
+    "gradient norm": r"grad_norm",
+}
+
+
+def learning_curves(path: Path) -> Figure | None:
+    """The logged metrics that are worth a look, against the step; None where nothing was logged."""
+    rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+    names = [name for name in (rows[0] if rows else {}) if not name.startswith("test")]
+    groups = {title: [name for name in names if re.search(pattern, name)] for title, pattern in PANELS.items()}
+    groups = {title: members for title, members in groups.items() if members}
     if not groups:
         return None
-    columns = min(3, len(groups))
-    height = -(-len(groups) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False, layout="constrained")
-    for axis, members in zip(axes.flat, groups.values()):
+    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3), squeeze=False, layout="constrained")
+    for axis, (title, members) in zip(axes[0], groups.items()):
         for name in members:
             points = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
             axis.plot(*zip(*points), label=name, marker="." if len(points) < 30 else None)
+        axis.set(title=title, xlabel="step")
         axis.legend(fontsize=7)
-        axis.set_xlabel("step")
-    for axis in list(axes.flat)[len(groups) :]:
-        axis.set_visible(False)
     return figure
 
 
@@ -192,7 +193,8 @@ def write_card(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
     text = [
         f"# {results['model']} on {results['data']['name']}",
         "",
-        f"{results['parameters']:,} trained parameters, seed {results['seed']}, data from {results['data']['source']}{start}.",
+        f"{results['parameters']:,} trained parameters, seed {results['seed']}, "
+        f"data from {results['data']['source']}{start}.",
         "",
         *lines,
         "",

@@ -64,6 +64,8 @@ def quiet() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, force=True)
     logging.addLevelName(logging.WARNING, "warning")
     logging.root.handlers[0].addFilter(Once())
+    if ranks.rank() > 0:
+        logging.root.setLevel(logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.logging.set_verbosity_error()
@@ -73,6 +75,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*overridden `transfer_batch_to_device`.*",
         ".*number of training batches.*",
+        ".*on epoch level in distributed setting.*",  # what is logged there is already the same on all
     ):
         warnings.filterwarnings("ignore", message)
     warnings.showwarning = lambda message, *_: logging.root.warning(message)
@@ -253,7 +256,7 @@ def sentence(error: Exception) -> str:
     if not ours or key:
         frame = traceback.extract_tb(error.__traceback__)[-1:]
         place = f" [{Path(frame[0].filename).name}:{frame[0].lineno}]" if frame and not ours else ""
-        text = f"{type(error).__name__ + ': ' if not ours else ''}{text}{f' (while building {key})' if key else ''}{place}"
+        text = (
+            f"{type(error).__name__ + ': ' if not ours else ''}{text}{f' (while building {key})' if key else ''}{place}"
+        )
     return text if ours else f"{text}; debug=full shows the traceback"
-
-

@@ -23,7 +23,7 @@ def pass_at_k(sampled: Int[Tensor, " prompt"], correct: Int[Tensor, " prompt"], 
         )
     drawn = torch.arange(k, device=sampled.device, dtype=torch.float64)
     wrong = (sampled - correct)[:, None] - drawn
-    return 1 - (wrong.clamp(min=0) / (sampled[:, None] - drawn)).prod(1)
+    return 1 - (wrong / (sampled[:, None] - drawn)).prod(1)
 
 
 def maj_at_k(answers: Sequence[Hashable | None], correct: Sequence[bool]) -> bool:

@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryAUROC
 from datamodules.batches import TrajectoryBatch
 from lightning_modules.alignment.policy import Scores
 from lightning_modules.alignment.policy_method import PolicyMethod
-from lightning_modules.alignment.soft_q import Losses, last_token, masked_mean
+from lightning_modules.alignment.soft_q import Losses, full_kl, last_token
 from lightning_modules.alignment.value import ValueHead, ValueNetwork
 from lightning_modules.alignment.value_figures import reward_histogram, value_along_solutions
 
@@ -22,7 +22,7 @@ class DQO(PolicyMethod):
 
     `objective(log_probs, values, batch)` gives the two losses (`soft_q.dqo`, `soft_q.dro`). The policy and the value
     are stepped together by one optimizer with a learning rate, a schedule and a gradient norm for each; for the first
-    `value_warmup` steps only the value moves. `kl` adds the full-vocabulary KL(policy || reference) of OREO
+    `value_warmup` of all steps (a fraction) only the value moves. `kl` adds the full-vocabulary KL(policy || reference) of OREO
     (arXiv 2412.16145, eq. 9), the only case in which the reference model is needed: its log-probabilities come with
     the responses.
     """
@@ -34,7 +34,7 @@ class DQO(PolicyMethod):
         objective: Callable[..., Losses],
         value: str,
         value_lr: float,
-        value_warmup: int,
+        value_warmup: float,
         kl: float = 0.0,
         **policy_method: Any,
     ) -> None:
@@ -50,7 +50,12 @@ class DQO(PolicyMethod):
         return {"policy": self.policy, "value": self.value}
 
     def network_options(self, name: str) -> dict[str, Any]:
-        return {"lr": self.value_lr} if name == "value" else {"delay": self.value_warmup}
+        return {"lr": self.value_lr} if name == "value" else {"delay": self.warmup_steps}
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps before the policy moves."""
+        return int(self.value_warmup * self.trainer.estimated_stepping_batches)
 
     def shard_units(self) -> list[nn.Module]:
         inner = self.value.shard_units() if isinstance(self.value, ValueNetwork) else [self.value]
@@ -66,15 +71,12 @@ class DQO(PolicyMethod):
         policy_loss = losses.policy + self.kl * self._reference_kl(batch, scores) if self.kl else losses.policy
         self.log_dict({"train/policy_loss": policy_loss, "train/value_loss": losses.value})
         self.log_dict({f"train/{name}": value for name, value in losses.logs.items()})
-        self.log("train/loss", policy_loss + losses.value, prog_bar=True)
+        self.log("train/loss", policy_loss + losses.value, prog_bar=True, sync_dist=True)
         return policy_loss + losses.value
 
     def _reference_kl(self, batch: TrajectoryBatch, scores: Scores) -> Float[Tensor, ""]:
         reference = self._reference[0](batch["ids"], batch["mask"], logits=True)
-        log_pi, log_ref = scores.logits.log_softmax(-1), reference.logits.log_softmax(-1)
-        kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-        per_token = torch.zeros_like(scores.log_probs).masked_scatter(batch["mask"], kl)
-        return masked_mean(per_token, batch["mask"]).mean()
+        return full_kl(scores.logits, reference.logits, batch["mask"]).mean()
 
     def on_fit_start(self) -> None:
         for reference in self._reference:
@@ -83,7 +85,7 @@ class DQO(PolicyMethod):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """While the value warms up the policy is not stepped at all: no momentum, no step count, no decay."""
-        if self.global_step < self.value_warmup:
+        if self.global_step < self.warmup_steps:
             for parameter in self.policy.parameters():
                 parameter.grad = None
 

@@ -141,17 +141,18 @@ def importance_weights(
 
 
 def full_kl(
-    logits: Float[Tensor, "batch steps vocab"],
-    reference_logits: Float[Tensor, "batch steps vocab"],
+    logits: Float[Tensor, "masked vocabulary"],
+    reference_logits: Float[Tensor, "masked vocabulary"],
     mask: Bool[Tensor, "batch steps"],
 ) -> Float[Tensor, " batch"]:
     """Mean over a response of KL(pi(.|s_h) || pi_ref(.|s_h)) in nats, over the whole vocabulary.
 
-    The regulariser of OREO (arXiv 2412.16145, eq. 8 and 9). Only response positions are computed, in float32 or better.
+    The regulariser of OREO (arXiv 2412.16145, eq. 8 and 9). The logits are those of the masked positions only, in
+    row-major order, as `Policy` gives them; computed in float32 or better.
     """
     precision = torch.promote_types(logits.dtype, torch.float32)
-    log_pi = logits[mask].log_softmax(-1, dtype=precision)
-    log_ref = reference_logits[mask].log_softmax(-1, dtype=precision)
+    log_pi = logits.log_softmax(-1, dtype=precision)
+    log_ref = reference_logits.log_softmax(-1, dtype=precision)
     kl = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
     per_token = torch.zeros(mask.shape, dtype=precision, device=mask.device).masked_scatter(mask, kl)
     return masked_mean(per_token, mask)

@@ -294,7 +294,8 @@ def test_a_sharded_policy_scores_trains_and_gathers_like_the_plain_one(policy, t
 @pytest.mark.slow
 def test_two_processes_shard_and_gather(policy, tmp_path):
     policy.export(tmp_path / "base")
-    code = f"from tests.alignment.test_policy import check_sharded; check_sharded({str(tmp_path)!r}, int(__import__('sys').argv[1]), 2)"
+    code = "import sys; from tests.alignment.test_policy import check_sharded; "
+    code += f"check_sharded({str(tmp_path)!r}, int(sys.argv[1]), 2)"
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank)], env=environment) for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""The oracle of the losses: a token MDP small enough to solve in closed form, and trajectory batches without a model."""
+"""The oracle of the losses: a token MDP small enough to solve in closed form, and batches without a model."""
 
 from dataclasses import dataclass
 
@@ -56,7 +56,7 @@ class TreeMDP:
         return states, actions
 
     def soft_optimum(self, beta: float) -> tuple[Tensor, Tensor]:
-        """V* = beta log E_ref[exp((r + V*(s + a)) / beta)], and the log of pi* = pi_ref exp((r + V*(s + a) - V*) / beta)."""
+        """V* = beta log E_ref[exp((r + V*(s + a)) / beta)], and log pi* = log pi_ref + (r + V*(s + a) - V*) / beta."""
         values = torch.zeros(len(self.rewards) * self.actions + 1, dtype=torch.float64)
         log_pi = torch.empty_like(self.rewards)
         for s in reversed(range(len(self.rewards))):

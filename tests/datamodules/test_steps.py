@@ -45,7 +45,8 @@ def test_every_row_comes_once_in_each_pass():
 
 
 def test_a_batch_holds_rows_of_similar_length():
-    spread = [max(LENGTHS[r] for r in rows) - min(LENGTHS[r] for r in rows) for rows, _ in map(stream().__getitem__, range(8))]
+    batches = [[LENGTHS[row] for row in stream().rows(step)] for step in range(8)]
+    spread = [max(lengths) - min(lengths) for lengths in batches]
     assert sum(spread) / 8 < (max(LENGTHS) - min(LENGTHS)) / 3
 
 
