@@ -2,15 +2,19 @@
 
 import os
 import sys
+import time
 import traceback
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from tessera.words import Refusal, help_text, problems
+from tessera.compose import CONF
+from tessera.words import help_text, problems
 
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "--config-name", "--config-dir", "--info", "-i")
+INTERRUPTED = "\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far"
 
 
 def command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -21,56 +25,64 @@ def command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
-@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+@hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
 def job(config: DictConfig) -> None:
     """One run, in this process or one per device."""
-    words = list(HydraConfig.get().overrides.task)
     from tessera import ranks  # torch comes in only here
 
+    words, choices = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime.choices
     try:
-        from tessera.check import devices_to_start
+        from tessera.check import devices_to_start, refuse
         from tessera.run import main
 
+        refuse(config, choices)
         devices = devices_to_start(config)
         status = ranks.launch(words, devices) if devices > 1 else main(words)
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far",
-            file=sys.stderr,
-        )
-        status = 130
     except Exception as error:
         status = report(error, config.traceback)
-    sys.stdout.flush()
-    sys.stderr.flush()
     if status:
-        # torchrun's children must not hang in a collective that the failed rank will never reach
-        os._exit(status)
+        leave(status)
 
 
 def report(error: Exception, whole: bool) -> int:
     """Say what went wrong in a sentence, or with everything where debug=full asks for it."""
+    from tessera import ranks
+    from tessera.run import sentences
+
+    if ranks.rank():
+        time.sleep(1)  # what all processes stumble over, the first one says; then this one is no longer there
     if whole:
         traceback.print_exception(error)
-    else:
-        from tessera.run import sentence
-
-        print(f"error: {sentence(error)}", file=sys.stderr)
+    for sentence in sentences(error):
+        print(f"error: {sentence}", file=sys.stderr)
     return 1
 
 
-def main() -> int:
+def leave(status: int) -> NoReturn:
+    """Exit; one of several processes at once, without waiting in a collective that a failed one never reaches."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (os._exit if "WORLD_SIZE" in os.environ else sys.exit)(status)
+
+
+def main() -> None:
+    """Exit with status 0, with 1 when something was wrong, with 130 after Ctrl-C."""
     words, flags = command_line(sys.argv[1:])
     if {"--help", "-h"} & set(flags):
         print(help_text())
-        return 0
-    found = problems(words, multirun=bool({"-m", "--multirun"} & set(flags)))
-    if found:
-        print("\n".join(f"error: {reason}" for reason in Refusal(found).reasons), file=sys.stderr)
-        return 1
-    job()
-    return 0
+        return
+    try:
+        found = problems(words, multirun=bool({"-m", "--multirun"} & set(flags)))
+        for reason in found:
+            print(f"error: {reason}", file=sys.stderr)
+        if found:
+            leave(1)
+        job()
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(INTERRUPTED, file=sys.stderr)
+        leave(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -112,8 +112,8 @@ def number(text: str | None) -> Fraction | None:
 
 OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: lambda a, b: Fraction(a // b),  # GSM8K has two
-       ast.USub: operator.neg, ast.UAdd: operator.pos,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),  # in two marks of GSM8K
+    ast.USub: operator.neg, ast.UAdd: operator.pos,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from datamodules.process_reward import annotation_rewards
 from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
-PROMPTS_AT_ONCE = 128
+PROMPTS_AT_ONCE = 64
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
 
 
@@ -211,14 +211,14 @@ class MathProblems(L.LightningDataModule):
         )
         if long:
             _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
-        return self.method.with_log_probs(fitting)
+        return self.method.with_log_probs(fitting, self.cache)
 
     def _with_step_rewards(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         if self.process_reward == "annotation":
             decode = self.tokenizer.decode
             rewards = [annotation_rewards(t.response_ids, decode, self.process_scale) for t in trajectories]
         elif self.process_reward == "mc":
-            rewards = self.method.monte_carlo_rewards(trajectories)
+            rewards = self.method.monte_carlo_rewards(trajectories, self.cache)
         elif self.process_reward == "none":
             return trajectories
         else:
@@ -246,7 +246,7 @@ class MathProblems(L.LightningDataModule):
 
     def _held_out(self) -> list[DataLoader]:
         """Scored solutions of held-out problems, all of them on every process: their networks may be sharded."""
-        if not self.held_out_responses:
+        if not self.held_out_responses or not self.method.judges:
             return []
         self.held_out = self.held_out or self._scored(self.held_out_responses)
         cut = [self.held_out[i : i + 16] for i in range(0, len(self.held_out), 16)]

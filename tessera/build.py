@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.method import Method
-from tessera.checkpoints import VerifiedCheckpointIO
+from tessera.checkpoints import Newest, VerifiedCheckpointIO
 from tessera.metrics_csv import MetricsCSV
 from tessera.progress import progress_bar
 from tessera.report import Figures
@@ -37,19 +37,13 @@ def strategy(name: str, world: int, minutes: float) -> Strategy | str:
     return name
 
 
-def callbacks(settings: DictConfig, monitor: str, mode: str, folder: Path) -> list[Callback]:
-    """The newest checkpoints, the best one by the headline metric, early stopping where asked for."""
+def callbacks(settings: DictConfig, validated: int, monitor: str, mode: str, folder: Path) -> list[Callback]:
+    """Early stopping where asked for, the best checkpoint by the headline metric, the newest ones.
+
+    In this order: a checkpoint contains what the callbacks before it know.
+    """
     checkpoints = folder / "checkpoints"
-    newest = ModelCheckpoint(
-        dirpath=checkpoints,
-        filename="step={step:06d}",
-        auto_insert_metric_name=False,
-        monitor="step",
-        mode="max",
-        save_top_k=settings.keep,
-        every_n_train_steps=settings.checkpoint_every,
-        save_on_train_epoch_end=False,
-    )
+    stop = [EarlyStopping(monitor, mode=mode, patience=settings.patience)] if settings.patience else []
     best = ModelCheckpoint(
         dirpath=checkpoints,
         filename="best",
@@ -57,8 +51,8 @@ def callbacks(settings: DictConfig, monitor: str, mode: str, folder: Path) -> li
         mode=mode,
         enable_version_counter=False,
     )
-    stop = [EarlyStopping(monitor, mode=mode, patience=settings.patience)] if settings.patience else []
-    return [newest, best, *stop]
+    newest = Newest(checkpoints, settings.checkpoint_every, settings.keep, validated)
+    return [*stop, *([best] if validated else []), newest]
 
 
 def wandb_mode() -> str:
@@ -103,7 +97,8 @@ def loggers(settings: DictConfig, folder: Path, name: str, config: DictConfig) -
 def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: int) -> L.Trainer:
     """Lightning's Trainer with our strategy, checkpoint I/O, loggers and callbacks."""
     settings: dict[str, Any] = dict(config.trainer)
-    every = settings.pop("val_check_interval") * settings["accumulate_grad_batches"]
+    validated = settings.pop("val_check_interval")
+    every = validated * settings["accumulate_grad_batches"]
     minutes = settings.pop("timeout_minutes")
     settings["strategy"] = strategy(settings["strategy"], world, minutes)
     monitor, mode = method.headline
@@ -117,7 +112,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
         default_root_dir=folder,
         logger=loggers(config.logger, folder, name, config),
         callbacks=[
-            *callbacks(config.callbacks, method.metric(monitor), mode, folder),
+            *callbacks(config.callbacks, validated, method.metric(monitor), mode, folder),
             Figures(folder),
             progress_bar(name),
         ],

@@ -1,6 +1,7 @@
 """Whether model, data and machine fit together: asked once their code is imported, before anything is loaded."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from omegaconf import DictConfig
 
 from tessera import ranks
 from tessera.words import Refusal
+
+STAGES = ("fit", "validate", "test", "predict")
 
 
 def available(accelerator: str) -> int:
@@ -39,7 +42,7 @@ def batch_types(data: DictConfig) -> dict[str, Any]:
 
 def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
     """One sentence for everything that does not fit, with the word to change."""
-    checks = (_batches(config, choices), *_machine(config.trainer), *_sizes(config))
+    checks = (_batches(config, choices), *_way(config), *_machine(config.trainer), *_sizes(config))
     return [reason for reason in checks if reason]
 
 
@@ -55,6 +58,16 @@ def _batches(config: DictConfig, choices: dict[str, str]) -> str | None:
     if wanted in served:
         return None
     return f"model={choices['model']} eats {wanted}, and data={choices['data']} serves {', '.join(served)}: change one"
+
+
+def _way(config: DictConfig) -> list[str | None]:
+    unknown = [stage for stage in config.stages if stage not in STAGES]
+    known = config.resume in ("auto", "never") or Path(config.resume, "run.json").exists()
+    return [
+        f"stages={unknown[0]}: there are {', '.join(STAGES)}" if unknown else None,
+        f"resume={config.resume} is no run folder (it has no run.json): use auto, never or such a folder"
+        if not known else None,
+    ]  # fmt: skip
 
 
 def _machine(settings: DictConfig) -> list[str | None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 MANIFEST = "manifest.json"
@@ -54,20 +55,62 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         write_whole(path, lambda file: torch.save(checkpoint, file))
-        manifest = read_manifest(path.parent)
-        manifest = {name: entry for name, entry in manifest.items() if (path.parent / name).exists()}
         entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": sha256(path)}
-        write_text(path.parent / MANIFEST, json.dumps(manifest | {path.name: entry}, indent=1))
+        self._record(path.parent, {path.name: entry})
+
+    def remove_checkpoint(self, path: Any) -> None:
+        super().remove_checkpoint(path)
+        self._record(Path(path).parent, {})
+
+    def _record(self, folder: Path, new: dict[str, Any]) -> None:
+        manifest = read_manifest(folder) | new
+        manifest = {name: entry for name, entry in manifest.items() if (folder / name).exists()}
+        write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
         verify(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
 
+class Newest(Checkpoint):
+    """The checkpoints of the last `keep` multiples of `every` optimizer steps, as `step-<step>.ckpt`.
+
+    A step that is validated, every `validated` steps, is saved after its validation: resumed from an earlier state of
+    that step, Lightning would leave the validation out. (Its own ModelCheckpoint saves before the validation and, at
+    the last batch of an epoch, waits for a validation that may not come.)
+    """
+
+    def __init__(self, folder: Path, every: int, keep: int, validated: int) -> None:
+        self.folder, self.every, self.keep, self.validated = folder, every, keep, validated
+        self._seen = 0
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer, pl_module, *batch: Any) -> None:
+        if not self.validated or trainer.global_step % self.validated:
+            self._save(trainer)
+
+    def on_validation_end(self, trainer, pl_module) -> None:
+        if trainer.state.fn == "fit":
+            self._save(trainer)
+
+    def _save(self, trainer) -> None:
+        # a step has several micro-batches under accumulation: only the one that completes it may be saved
+        before, self._seen = self._seen, trainer.global_step
+        if self._seen == before or self._seen % self.every:
+            return
+        trainer.save_checkpoint(self.folder / f"step-{self._seen:06d}.ckpt")
+        entries = read_manifest(self.folder).items()
+        steps = sorted((entry["step"], name) for name, entry in entries if name.startswith("step-"))
+        for _, name in steps[: -self.keep]:
+            trainer.strategy.remove_checkpoint(self.folder / name)
+
+
 def verify(path: Path) -> None:
     """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
     if not path.is_file():
-        raise ValueError(f"ckpt_path={path}: there is no such checkpoint file")
+        raise ValueError(f"{path} does not exist: there is no such checkpoint file")
     entry = read_manifest(path.parent).get(path.name)
     if entry is None:
         return  # a file from elsewhere: nothing to compare with, and loading reads tensors only
@@ -84,17 +127,19 @@ def read(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = re.split(r"(?<=\w)\. |\n", str(error))[0]
-        raise ValueError(f"{path} is not a checkpoint of tensors and plain values ({reason})") from error
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain values ({reason}): take one that a run here has written"
+        ) from error
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The valid checkpoint with the most steps, and one sentence for every newer one that was passed over."""
-    passed_over = []
+def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The valid checkpoint with the most steps, and a sentence about each newer one that is not valid."""
+    broken = {}
     by_step = sorted(read_manifest(folder).items(), key=lambda item: item[1]["step"], reverse=True)
     for name, _ in by_step:
         try:
             verify(folder / name)
-            return folder / name, passed_over
+            return folder / name, broken
         except ValueError as error:
-            passed_over.append(str(error))
-    return None, passed_over
+            broken[folder / name] = str(error)
+    return None, broken

@@ -5,9 +5,11 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -20,7 +22,11 @@ from omegaconf import DictConfig, OmegaConf
 from tessera.checkpoints import write_text
 
 # What changes where a run happens or how it is shown, but not what it computes
-COSMETIC = ("logger", "callbacks", "output", "resume", "ckpt_path", "compare", "start", "stages", "traceback")
+COSMETIC = (
+    *("logger", "output", "data.cache", "resume", "compare", "traceback"),
+    *("callbacks.checkpoint_every", "callbacks.keep", "trainer.enable_progress_bar", "trainer.timeout_minutes"),
+    *("start", "ckpt_path"),  # their content counts, among the inputs
+)
 PACKAGES = ("lightning_modules", "datamodules", "kernels")
 
 
@@ -37,7 +43,8 @@ def source_digest() -> str:
 def fingerprint(config: DictConfig, inputs: dict[str, str]) -> str:
     """What identifies a run: its configuration less the cosmetic parts, its inputs' digests and the source."""
     plain = OmegaConf.to_container(config, resolve=True)
-    plain = {key: value for key, value in plain.items() if key not in COSMETIC}
+    for place, _, key in (name.rpartition(".") for name in COSMETIC):
+        (plain.get(place, {}) if place else plain).pop(key, None)
     text = json.dumps({"config": plain, "inputs": inputs, "source": source_digest()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -68,6 +75,13 @@ class RunFolder:
         write_text(path / "config.yaml", OmegaConf.to_yaml(config))
         write_text(path / "run.json", json.dumps(record, indent=1))
         return cls(path)
+
+    def give_up(self, error: Exception) -> None:
+        """Leave the traceback beside what was trained; where nothing was, leave nothing."""
+        if (self.path / "metrics.csv").exists() or (self.path / "checkpoints").exists():
+            write_text(self.path / "error.log", "".join(traceback.format_exception(error)))
+        else:
+            shutil.rmtree(self.path)
 
     @classmethod
     def latest(cls, parent: Path, identity: str) -> "RunFolder | None":

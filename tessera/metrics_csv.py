@@ -12,7 +12,7 @@ from tessera.checkpoints import write_text
 
 
 class MetricsCSV(Logger):
-    """Appends rows to `<folder>/metrics.csv`; rewrites the file only when a new column appears.
+    """Appends rows to `<folder>/metrics.csv`; rewrites the file only for a new column or a step that has a row.
 
     Lightning's own CSVLogger deletes the file of the run that it resumes.
     """
@@ -39,10 +39,14 @@ class MetricsCSV(Logger):
         row = {"step": str(step)} | {name: f"{value:.9g}" for name, value in metrics.items()}
         new = [name for name in row if name not in self.columns]
         self.columns += new
-        self.rows.append(row)
-        if new or not self.path.exists():
+        if self.rows and self.rows[-1]["step"] == row["step"]:
+            self.rows[-1] |= row
+            self._rewrite()
+        elif new or not self.path.exists():
+            self.rows.append(row)
             self._rewrite()
         else:
+            self.rows.append(row)
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 

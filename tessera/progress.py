@@ -50,6 +50,18 @@ class Lines(ProgressBar):
         print(f"{self.run_name}  step {step}/{total}  {left:.0f} s left  {metrics}", flush=True)
 
 
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._evaluated(trainer, "validation", batch_idx, trainer.num_val_batches, dataloader_idx)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        self._evaluated(trainer, "test", batch_idx, trainer.num_test_batches, dataloader_idx)
+
+    def _evaluated(self, trainer, stage: str, batch_idx: int, totals: list[int | float], dataloader_idx: int) -> None:
+        if trainer.is_global_zero and time.monotonic() - self._last >= 10:
+            self._last = time.monotonic()
+            print(f"{self.run_name}  {stage} {batch_idx + 1}/{totals[dataloader_idx]}", flush=True)
+
+
 def progress_bar(name: str) -> Callback:
     """The bar for a terminal, the lines for a file."""
     return Bar() if sys.stdout.isatty() else Lines(name)

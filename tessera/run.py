@@ -25,7 +25,7 @@ from tessera.check import refuse
 from tessera.checkpoints import newest_valid, read, sha256
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held
-from tessera.words import phase
+from tessera.words import Refusal, phase
 
 
 @dataclass
@@ -75,6 +75,8 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*overridden `transfer_batch_to_device`.*",
         ".*number of training batches.*",
+        ".*Checkpoint directory .* exists and is not empty.*",  # as it does when a run goes on
+        ".*your dataloader is not resumable.*",  # it is: its sampler begins at the step
         ".*on epoch level in distributed setting.*",  # what is logged there is already the same on all
     ):
         warnings.filterwarnings("ignore", message)
@@ -107,14 +109,17 @@ def prepare(words: list[str]) -> Plan:
     config, choices = compose(words)
     refuse(config, choices)
     inputs, start = {}, None
+    if config.ckpt_path:
+        read(Path(config.ckpt_path))  # refused, if so, before another run is carried out for this one
+        inputs["checkpoint"] = sha256(Path(config.ckpt_path))
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data = instantiate(config.data, _convert_="all")
     if config.start and not config.policy_weights:
         start = carry_out(prepare(phase(list(config.start), words)))
         inputs["start"] = start.record["fingerprint"]
     elif config.policy_weights:
         inputs["start"] = _digest(Path(config.policy_weights))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    data = instantiate(config.data)
     identity = fingerprint(config, {**inputs, "data": data.fingerprint})
     if start:
         config.policy_weights = str(start.path / "export")
@@ -141,15 +146,13 @@ def carry_out(plan: Plan) -> RunFolder:
             _execute(plan, folder)
         except Exception as error:
             if first:
-                (folder.path / "error.log").write_text("".join(traceback.format_exception(error)))
+                folder.give_up(error)
             raise
     return folder
 
 
 def _folder(plan: Plan, resume: str) -> Path:
     if resume not in ("auto", "never"):
-        if not Path(resume, "run.json").exists():
-            raise ValueError(f"resume={resume} is no run folder (it has no run.json): use auto, never or such a folder")
         return Path(resume)
     before = RunFolder.latest(plan.parent, plan.identity) if resume == "auto" else None
     if before:
@@ -164,7 +167,7 @@ def _execute(plan: Plan, folder: RunFolder) -> None:
     if first:
         print(f"{plan.name} on {plan.data.name} -> {folder.path}", flush=True)
     L.seed_everything(config.seed, verbose=False)
-    method: Method = instantiate(config.model)
+    method: Method = instantiate(config.model, _convert_="all")
     method.standin = getattr(plan.data, "standin", False)
     method.train()  # transformers loads in eval mode
     world = ranks.world_size()
@@ -178,15 +181,20 @@ def _execute(plan: Plan, folder: RunFolder) -> None:
 
 
 def _checkpoint(config: DictConfig, folder: RunFolder, method: Method) -> Path | None:
-    if config.ckpt_path:
-        path = Path(config.ckpt_path)
-        _fits(path, method)
-        return path
-    path, passed_over = newest_valid(folder.path / "checkpoints")
-    for reason in passed_over:
-        print(f"warning: passed over: {reason}", file=sys.stderr)
+    path = ranks.agree(_newest(folder.path / "checkpoints") if ranks.rank() == 0 else None)
+    path = path or (config.ckpt_path and Path(config.ckpt_path))
     if path:
         _fits(path, method)
+    return path
+
+
+def _newest(checkpoints: Path) -> Path | None:
+    path, broken = newest_valid(checkpoints)
+    for other, reason in broken.items():
+        print(f"warning: passed over: {reason}", file=sys.stderr)
+        if other.exists():
+            other.rename(other.with_suffix(".broken"))
+    if path:
         print(f"continuing from {path}", flush=True)
     return path
 
@@ -213,12 +221,12 @@ def _stage(
     if stage == "fit":
         _fit(trainer, method, data, checkpoint, folder)
         return {}
-    if stage not in ("validate", "test", "predict"):
-        raise ValueError(f"stages={stage}: there are fit, validate, test and predict")
     fitted = trainer.state.fn == "fit"
     path = None if fitted or checkpoint is None else str(checkpoint)
-    getattr(trainer, stage)(method, datamodule=data, ckpt_path=path, weights_only=True, **_quiet(stage))
-    _unless_interrupted(trainer)
+    try:
+        getattr(trainer, stage)(method, datamodule=data, ckpt_path=path, weights_only=True, **_quiet(stage))
+    finally:
+        _unless_interrupted(trainer)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -228,12 +236,14 @@ def _quiet(stage: str) -> dict[str, Any]:
 
 def _fit(trainer: L.Trainer, method: Method, data: Any, checkpoint: Path | None, folder: Path) -> None:
     step = read(checkpoint)["global_step"] if checkpoint else 0
-    trainer.logger.rewind(step + 1 if checkpoint else 0)
+    trainer.logger.rewind(step)
     try:
         trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     finally:
         _unless_interrupted(trainer)
-    final = folder / "checkpoints" / f"step={trainer.global_step:06d}.ckpt"
+    # where an earlier attempt ended here, Lightning has restored one step less for its loggers
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+    final = folder / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
     if ranks.agree(not final.exists()):
         trainer.save_checkpoint(final)
     method.export(folder / "export")
@@ -245,13 +255,15 @@ def _unless_interrupted(trainer: L.Trainer) -> None:
         raise KeyboardInterrupt
 
 
-def sentence(error: Exception) -> str:
+def sentences(error: Exception) -> list[str]:
     """What went wrong, for a person: the innermost cause, and for errors that are not ours where it happened."""
+    if isinstance(error, Refusal):
+        return error.reasons
     key = None
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         found = re.search(r"full_key: (\S+)", str(error))
         key, error = (found.group(1) if found else key), error.__cause__
-    text = str(error).strip() or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
     ours = isinstance(error, (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError))
     if not ours or key:
         frame = traceback.extract_tb(error.__traceback__)[-1:]
@@ -259,4 +271,4 @@ def sentence(error: Exception) -> str:
         text = (
             f"{type(error).__name__ + ': ' if not ours else ''}{text}{f' (while building {key})' if key else ''}{place}"
         )
-    return text if ours else f"{text}; debug=full shows the traceback"
+    return [text if ours else f"{text}; debug=full shows the traceback"]

@@ -28,6 +28,7 @@ class DQO(PolicyMethod):
     """
 
     batch_type: ClassVar[type] = TrajectoryBatch
+    judges: ClassVar[bool] = True
 
     def __init__(
         self,

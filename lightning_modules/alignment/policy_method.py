@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,14 @@ from datamodules.batches import Prompt, PromptBatch, Trajectory
 from lightning_modules.alignment.accuracy import AnswerAccuracy, maj_at_k
 from lightning_modules.alignment.generation import Sample, Sampling, generate
 from lightning_modules.alignment.policy import Policy, unsharded
-from lightning_modules.alignment.rollout import monte_carlo_rewards, rollout, score_responses
+from lightning_modules.alignment.rollout import (
+    cache_key,
+    load,
+    monte_carlo_rewards,
+    rollout,
+    score_responses,
+    stored,
+)
 from lightning_modules.method import Method
 
 
@@ -26,6 +33,7 @@ class PolicyMethod(Method):
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/greedy", "max")
+    judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 
     def __init__(
         self,
@@ -38,10 +46,11 @@ class PolicyMethod(Method):
         super().__init__(optimizer, scheduler)
         self.policy = policy
         evaluation = dict(evaluation)
-        self.k = evaluation.pop("k")
+        self.k, self.batch_rows = evaluation.pop("k"), evaluation.pop("batch_rows")
         self.sampling = Sampling(**evaluation)
         self.rollouts = dict(rollouts or {})
         self.samples: list[dict[str, Any]] = []
+        self.started_from: str | None = None
 
     def networks(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
@@ -60,37 +69,60 @@ class PolicyMethod(Method):
         """The sampled responses that this method learns from."""
         return trajectories
 
+    def setup(self, stage: str) -> None:
+        """Note which weights the run starts from: a checkpoint is restored, and sharding done, only after this."""
+        if stage == "fit" and self.started_from is None:
+            self.started_from = self.policy.fingerprint()
+
     def rollout(self, prompts: list[Prompt], identity: dict[str, Any], folder: Path) -> list[Trajectory]:
-        """K scored answers to every prompt from the policy as it stands, cached under `folder`."""
-        settings = dict(self.rollouts)
-        k = settings.pop("k")
+        """K scored answers to every prompt from the policy that the run starts from, cached under `folder`.
+
+        Once the policy has moved, in a resumed run as well, they come from the cache or not at all.
+        """
+        if self.trainer.global_step:
+            return load(folder / cache_key(self.started_from, prompts, self.rollouts["k"], self.behaviour, identity))
         return rollout(
-            unsharded(self.policy),
+            self.policy,
             prompts,
-            k,
-            Sampling(**settings),
+            self.rollouts["k"],
+            self.behaviour,
             self.scorer,
             folder,
             identity=identity,
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             barrier=self.trainer.strategy.barrier,
+            batch_rows=self.rollouts["batch_rows"],
         )
 
-    def with_log_probs(self, trajectories: list[Trajectory]) -> list[Trajectory]:
-        """Trajectories of unknown origin with the policy's own log-probabilities as reference and as behaviour.
+    @property
+    def behaviour(self) -> Sampling:
+        """How answers to learn from are sampled."""
+        return Sampling(**{name: value for name, value in self.rollouts.items() if name not in ("k", "batch_rows")})
+
+    def with_log_probs(self, trajectories: list[Trajectory], folder: Path) -> list[Trajectory]:
+        """Trajectories of unknown origin with the starting policy's log-probabilities as reference and as behaviour.
 
         OREO does the same (arXiv 2412.16145); importance weights then start at 1 and measure the distance moved.
         """
         pairs = [(t.prompt_ids, t.response_ids) for t in trajectories]
-        log_probs = score_responses(unsharded(self.policy), pairs) if pairs else []
-        return [replace(t, lp_mu=lp, lp_ref=lp) for t, lp in zip(trajectories, log_probs)]
+        values = self._stored("log_probs", pairs, lambda: score_responses(unsharded(self.policy), pairs), folder)
+        return [replace(t, lp_mu=lp, lp_ref=lp) for t, lp in zip(trajectories, values)]
 
-    def monte_carlo_rewards(self, trajectories: list[Trajectory]) -> list[list[float]]:
+    def monte_carlo_rewards(self, trajectories: list[Trajectory], folder: Path) -> list[list[float]]:
         """Step rewards by continuing from the end of every step, as often as the rollouts sample."""
-        settings = dict(self.rollouts)
-        k = settings.pop("k")
-        return monte_carlo_rewards(unsharded(self.policy), trajectories, k, Sampling(**settings), self.scorer)
+        k = self.rollouts["k"]
+        inputs = [k, asdict(self.behaviour), [(t.prompt_ids, t.response_ids, t.gold) for t in trajectories]]
+
+        def compute() -> list[list[float]]:
+            return monte_carlo_rewards(unsharded(self.policy), trajectories, k, self.behaviour, self.scorer)
+
+        return self._stored("monte_carlo", inputs, compute, folder)
+
+    def _stored(self, name: str, inputs: Any, compute: Callable, folder: Path) -> list[list[float]]:
+        moved = self.trainer.global_step > 0
+        rank, barrier = self.trainer.global_rank, self.trainer.strategy.barrier
+        return stored(folder, name, [self.started_from, inputs], None if moved else compute, rank, barrier)
 
     @property
     def scorer(self) -> Any:
@@ -132,7 +164,8 @@ class PolicyMethod(Method):
 
     def _generate(self, prompts: list[Prompt], k: int, sampling: Sampling) -> list[list[Sample]]:
         keys = [prompt.id for prompt in prompts]
-        answers = dict(generate(self.answering, [prompt.ids for prompt in prompts], k, sampling, keys=keys))
+        ids = [prompt.ids for prompt in prompts]
+        answers = dict(generate(self.answering, ids, k, sampling, keys, self.batch_rows))
         return [answers[position] for position in range(len(prompts))]
 
     def _score(self, prompt: Prompt, greedy: Sample, others: list[Sample]) -> None:

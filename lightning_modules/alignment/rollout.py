@@ -73,7 +73,8 @@ def rollout(
     _check_prompts(prompts)
     wait = barrier or (lambda: None)
     policy, reference = unsharded(policy), None if reference is None else unsharded(reference)
-    inputs = _inputs(policy, reference, prompts, k, sampling, identity)
+    judged_by = None if reference is None else reference.fingerprint()
+    inputs = _inputs(policy.fingerprint(), judged_by, prompts, k, sampling, identity)
     cache = Path(folder) / _key(inputs)
     with _alone(cache) if rank == 0 else nullcontext():
         wait()
@@ -88,8 +89,15 @@ def rollout(
         return load(cache)
 
 
+def cache_key(weights: str, prompts: list[Prompt], k: int, sampling: Sampling, identity: dict[str, Any]) -> str:
+    """The folder name under which `rollout` keeps what a policy with that fingerprint sampled."""
+    return _key(_inputs(weights, None, prompts, k, sampling, identity))
+
+
 def load(cache: Path) -> list[Trajectory]:
     """The trajectories of a finished cache. Raises ValueError when the file is not the one that was written."""
+    if not (cache / MANIFEST).exists():
+        raise FileNotFoundError(f"{cache} holds no finished rollouts, and this run learns from them: resume=never")
     expected = json.loads((cache / MANIFEST).read_text())["sha256"]
     data = (cache / DATA).read_bytes() if (cache / DATA).exists() else b""
     if hashlib.sha256(data).hexdigest() != expected:
@@ -155,8 +163,8 @@ def _check_prompts(prompts: list[Prompt]) -> None:
 
 
 def _inputs(
-    policy: Policy,
-    reference: Policy | AdapterOff | None,
+    weights: str,
+    reference_weights: str | None,
     prompts: list[Prompt],
     k: int,
     sampling: Sampling,
@@ -165,8 +173,8 @@ def _inputs(
     """All that decides the content of the cache."""
     rows = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
     return {
-        "policy": policy.fingerprint(),
-        "reference": None if reference is None else reference.fingerprint(),
+        "policy": weights,
+        "reference": reference_weights,
         "prompts": hashlib.sha256(rows.encode()).hexdigest(),
         "k": k,
         "sampling": asdict(sampling),
@@ -302,6 +310,28 @@ def _text(policy: Policy, ids: list[int]) -> str:
 def _short(values: list[float]) -> list[float]:
     # nine significant digits bring a float32 back exactly
     return [float(f"{value:.9g}") for value in values]
+
+
+def stored(
+    folder: Path, name: str, inputs: Any, compute: Callable[[], list[list[float]]] | None, rank: int, barrier: Callable
+) -> list[list[float]]:
+    """Numbers per response token that depend on `inputs` only: computed once and kept under `folder`.
+
+    Every rank calls it, since `compute` may be collective. Where `compute` is None they must be there: raises
+    FileNotFoundError when they are not.
+    """
+    path = folder / f"{name}-{hashlib.blake2b(json.dumps(inputs).encode(), digest_size=12).hexdigest()}.json"
+    there = path.exists()
+    barrier()  # nobody may write before everybody has looked
+    if not there and compute is None:
+        raise FileNotFoundError(f"{path} is gone, and this run learns with it: start anew with resume=never")
+    if not there:
+        values = [_short(row) for row in compute()]
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(path, json.dumps(values).encode())
+    barrier()
+    return json.loads(path.read_text())
 
 
 @torch.no_grad()

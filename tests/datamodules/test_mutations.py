@@ -59,7 +59,7 @@ def type_change(rng: random.Random, content: bytes) -> bytes:
 
 
 def empty_field(rng: random.Random, content: bytes) -> bytes:
-    return change(rng, content, rng.choice(('""', '" "', '"\\n"', '"#### "', '"\\u00a0"')))
+    return change(rng, content, rng.choice(('""', '" "', '"\\n"', '"\\u00a0"')))
 
 
 def huge_integer(rng: random.Random, content: bytes) -> bytes:

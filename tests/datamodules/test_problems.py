@@ -337,7 +337,12 @@ def test_a_name_look_up_without_end_delays_no_longer_than_the_probe(monkeypatch)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(problems, "HUB_PROBE", 0.2)
     over = threading.Event()
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: over.wait(10))
+
+    def look_up(*_, **__):
+        over.wait(10)
+        raise OSError
+
+    monkeypatch.setattr(socket, "create_connection", look_up)
     start = time.monotonic()
     assert not hub_answers()
     assert time.monotonic() - start < 2
