@@ -28,7 +28,7 @@ def batch_of(policy: Policy, rows: int, prompt: int, response: int) -> Trajector
     mask = torch.zeros(rows, length - 1, dtype=torch.bool)
     mask[:, prompt - 1 :] = True
     with torch.no_grad():
-        log_probs = policy(ids, mask).log_probs
+        log_probs = policy(ids.to(policy.device), mask.to(policy.device)).log_probs.cpu()
     outcome = torch.randint(0, 2, (rows,)).float()
     rewards = torch.zeros(rows, length - 1)
     rewards[:, -1] = outcome
@@ -56,10 +56,14 @@ def dqo_step(policy: Policy, value: torch.nn.Module, batch: TrajectoryBatch) -> 
 def timed(step, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
     """Seconds of one whole training step."""
     began = time.perf_counter()
-    step().backward()
+    with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=parameters[0].is_cuda):
+        loss = step()
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    if parameters[0].is_cuda:
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -80,13 +84,15 @@ def main() -> None:
     parser.add_argument("--response", type=int, default=53, help="tokens")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu", help="cuda runs under bfloat16 autocast")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     make = {"tiny": policies.tiny, "small": functools.partial(policies.tiny, width=256, layers=6, hidden=512),
             "smollm2": policies.smollm2}[options.policy]  # fmt: skip
-    source = make()
+    source = make().to(options.device)
     batch = batch_of(source, options.rows, options.prompt, options.response)
+    batch = {name: tensor.to(options.device) for name, tensor in batch.items()}
     sides = {
         "sft": contestant(None, source, batch),
         "dqo, separate value": contestant(ValueNetwork, source, batch),

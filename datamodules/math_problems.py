@@ -20,6 +20,7 @@ from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
 PROMPTS_AT_ONCE = 64
+PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
 
 
@@ -56,6 +57,8 @@ class MathProblems(L.LightningDataModule):
         cache: str,
     ) -> None:
         super().__init__()
+        if process_reward not in PROCESS_REWARDS:
+            raise ValueError(f"data.process_reward={process_reward}: there are {', '.join(PROCESS_REWARDS)}")
         self.batch_size, self.max_prompt, self.max_response = batch_size, max_prompt, max_response
         self.template, self.strip, self.workers, self.seed = prompt, strip_annotations, workers, seed
         self.process_reward, self.process_scale = process_reward, process_scale
@@ -219,10 +222,8 @@ class MathProblems(L.LightningDataModule):
             rewards = [annotation_rewards(t.response_ids, decode, self.process_scale) for t in trajectories]
         elif self.process_reward == "mc":
             rewards = self.method.monte_carlo_rewards(trajectories, self.cache)
-        elif self.process_reward == "none":
-            return trajectories
         else:
-            raise ValueError(f"data.process_reward={self.process_reward}: there are none, annotation and mc")
+            return trajectories
         return [replace(t, step_rewards=steps) for t, steps in zip(trajectories, rewards)]
 
     # Evaluation

@@ -71,6 +71,12 @@ def wandb_mode() -> str:
         return "offline"
 
 
+def end_wandb() -> None:
+    """Close W&B's run, if there is one: a process has one at a time, and the next phase logs into its own."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish(quiet=True)
+
+
 def _netrc() -> str:
     path = Path.home() / ".netrc"
     return path.read_text(errors="replace") if path.exists() else ""

@@ -174,8 +174,11 @@ def _execute(plan: Plan, folder: RunFolder) -> None:
     trainer = build.trainer(config, method, folder.path, plan.name, world)
     checkpoint = _checkpoint(config, folder, method)
     metrics: dict[str, float] = {}
-    for stage in config.stages:
-        metrics |= _stage(stage, trainer, method, plan.data, checkpoint, folder.path)
+    try:
+        for stage in config.stages:
+            metrics |= _stage(stage, trainer, method, plan.data, checkpoint, folder.path)
+    finally:
+        build.end_wandb()
     if first:
         report.write_results(folder, plan, method, metrics, time.monotonic() - began)
 

@@ -147,8 +147,7 @@ def _wrong_type(key: str, value: Any, config: DictConfig) -> list[str]:
         interpolated = isinstance(value, str) and value.startswith("${")
         return [] if interpolated or value is None else [f"{key}={value}: expected a number such as {default}"]
     if key in PATHS and isinstance(value, str) and not Path(value).expanduser().exists():
-        hub = key == "data.path" and value.count("/") == 1 and not value.startswith((".", "/", "~"))
-        return [] if hub else [f"{key}={value}: there is no such file or folder"]
+        return [f"{key}={value}: there is no such file or folder"]
     return []
 
 
