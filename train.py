@@ -13,6 +13,9 @@ from omegaconf import DictConfig
 from tessera.compose import CONF
 from tessera.words import help_text, problems
 
+# threads that wait must not spin: beside another process on the same cores that costs up to ten times the work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "--config-name", "--config-dir", "--info", "-i")
 INTERRUPTED = "\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far"
 

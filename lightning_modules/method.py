@@ -33,6 +33,7 @@ class Method(L.LightningModule):
         self.schedule = scheduler
         self.standin = False  # whether the data is generated in the place of the real one
         self._clock: tuple[float, int] | None = None
+        self._step_sum: Tensor | None = None
         self._restored_rng: dict[str, Any] | None = None
 
     # What a subclass may say about itself
@@ -66,6 +67,21 @@ class Method(L.LightningModule):
         """The name under which a metric is logged: `val/greedy`, or `val-standin/greedy` on generated data."""
         stage, _, rest = name.partition("/")
         return f"{stage}-standin/{rest}" if self.standin else name
+
+    def log_step(self, loss: Tensor, **values: Tensor) -> None:
+        """Log scalars of an optimizer step under `train/`, as means over its micro-batches and over the processes.
+
+        To be called once for every micro-batch.
+        """
+        values = {"loss": loss, **values}
+        scalars = torch.stack([value.detach().float() for value in values.values()])
+        self._step_sum = scalars if self._step_sum is None else self._step_sum + scalars
+        if self.trainer.fit_loop._should_accumulate():
+            return
+        means = self.trainer.strategy.reduce(self._step_sum, reduce_op="mean") / self.trainer.accumulate_grad_batches
+        self._step_sum = None
+        for name, mean in zip(values, means):
+            self.log(f"train/{name}", mean, prog_bar=name == "loss")
 
     # Optimisation
 
@@ -135,7 +151,8 @@ class Method(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         began, units = self._clock
         self._clock = (began, units + self.count(batch))
-        if (batch_idx + 1) % (self.trainer.log_every_n_steps * self.trainer.accumulate_grad_batches) == 0:
+        completes_step = not self.trainer.fit_loop._should_accumulate()
+        if completes_step and self.global_step % self.trainer.log_every_n_steps == 0:
             seconds = time.perf_counter() - began
             self.log("throughput/units_per_s", self._clock[1] * self.trainer.world_size / seconds)
             self._clock = None

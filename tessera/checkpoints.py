@@ -82,25 +82,28 @@ class Newest(Checkpoint):
 
     def __init__(self, folder: Path, every: int, keep: int, validated: int) -> None:
         self.folder, self.every, self.keep, self.validated = folder, every, keep, validated
-        self._seen = 0
+        self._saved = 0
 
     def on_train_start(self, trainer, pl_module) -> None:
-        self._seen = trainer.global_step
+        self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, *batch: Any) -> None:
-        if not self.validated or trainer.global_step % self.validated:
+        if self._due(trainer) and (not self.validated or trainer.global_step % self.validated):
+            # Lightning logs the step only now, and a kill in between must not lose its row
+            trainer._logger_connector.update_train_step_metrics()
             self._save(trainer)
 
     def on_validation_end(self, trainer, pl_module) -> None:
-        if trainer.state.fn == "fit":
+        if trainer.state.fn == "fit" and self._due(trainer):
             self._save(trainer)
 
+    def _due(self, trainer) -> bool:
+        """Whether this completes a step to be saved: under accumulation, a step is seen at several micro-batches."""
+        return trainer.global_step != self._saved and trainer.global_step % self.every == 0
+
     def _save(self, trainer) -> None:
-        # a step has several micro-batches under accumulation: only the one that completes it may be saved
-        before, self._seen = self._seen, trainer.global_step
-        if self._seen == before or self._seen % self.every:
-            return
-        trainer.save_checkpoint(self.folder / f"step-{self._seen:06d}.ckpt")
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step-{self._saved:06d}.ckpt")
         entries = read_manifest(self.folder).items()
         steps = sorted((entry["step"], name) for name, entry in entries if name.startswith("step-"))
         for _, name in steps[: -self.keep]:

@@ -5,20 +5,40 @@ import time
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 SHOWN = ("loss", "greedy", "sampled", "auc", "units_per_s")
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, float]:
+    """The metrics one looks at; the word stand-in stays where it is."""
     return {
-        name: float(value)
+        name.removeprefix("train/").removeprefix("throughput/"): float(value)
         for name, value in metrics.items()
         if name.rsplit("/")[-1] in SHOWN and not name.startswith("test")
     }
 
 
 class Bar(RichProgressBar):
-    """Lightning's Rich bar with only what one looks at."""
+    """Lightning's Rich bar, over all steps instead of those of an epoch, with only what one looks at."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(refresh_rate=10, theme=RichProgressBarTheme(metrics_format=".4g"))
+        self.run_name = name
+
+    @property
+    def total_train_batches(self) -> int:
+        return int(self.trainer.estimated_stepping_batches)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.run_name
+
+    def on_train_epoch_start(self, trainer, pl_module) -> None:
+        if self.train_progress_bar_id is None:
+            super().on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(self, trainer, pl_module):
         return _shown(super().get_metrics(trainer, pl_module) | trainer.callback_metrics)
@@ -49,7 +69,6 @@ class Lines(ProgressBar):
         metrics = "  ".join(f"{name} {value:.4g}" for name, value in _shown(trainer.callback_metrics).items())
         print(f"{self.run_name}  step {step}/{total}  {left:.0f} s left  {metrics}", flush=True)
 
-
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         self._evaluated(trainer, "validation", batch_idx, trainer.num_val_batches, dataloader_idx)
 
@@ -64,4 +83,4 @@ class Lines(ProgressBar):
 
 def progress_bar(name: str) -> Callback:
     """The bar for a terminal, the lines for a file."""
-    return Bar() if sys.stdout.isatty() else Lines(name)
+    return Bar(name) if sys.stdout.isatty() else Lines(name)

@@ -112,7 +112,8 @@ PANELS = {
 def learning_curves(path: Path) -> Figure | None:
     """The logged metrics that are worth a look, against the step; None where nothing was logged."""
     rows = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-    names = [name for name in (rows[0] if rows else {}) if not name.startswith("test")]
+    logged = {name for row in rows for name, value in row.items() if value}
+    names = [name for name in (rows[0] if rows else {}) if name in logged and not name.startswith("test")]
     groups = {title: [name for name in names if re.search(pattern, name)] for title, pattern in PANELS.items()}
     groups = {title: members for title, members in groups.items() if members}
     if not groups:
@@ -131,9 +132,10 @@ def finish(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
     """Print the table of a run beside those it is compared with, and write it into the card."""
     write_card(folder, rows)
     console = Console(width=None if Console().is_terminal else 160)
-    console.print(_rich_table(rows))
-    for note in _notes(rows):
-        console.print(note)
+    if any(_cells(run.results) for run in rows.values()):
+        console.print(_rich_table(rows))
+        for note in _notes(rows):
+            console.print(note)
     console.print(f"figures, samples and the model card are in {folder.path}")
 
 

@@ -75,6 +75,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*overridden `transfer_batch_to_device`.*",
         ".*number of training batches.*",
+        ".*The dirpath has changed.*",  # a checkpoint of another run is tested
         ".*Checkpoint directory .* exists and is not empty.*",  # as it does when a run goes on
         ".*your dataloader is not resumable.*",  # it is: its sampler begins at the step
         ".*on epoch level in distributed setting.*",  # what is logged there is already the same on all
@@ -115,7 +116,8 @@ def prepare(words: list[str]) -> Plan:
     if config.threads:
         torch.set_num_threads(config.threads)
     data = instantiate(config.data, _convert_="all")
-    if config.start and not config.policy_weights:
+    trains = "fit" in config.stages or not config.ckpt_path  # else the checkpoint brings all weights
+    if config.start and trains and not config.policy_weights:
         start = carry_out(prepare(phase(list(config.start), words)))
         inputs["start"] = start.record["fingerprint"]
     elif config.policy_weights:

@@ -44,6 +44,7 @@ def export(source: Path, target: Path | None) -> Path:
 
 
 def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="run folder or checkpoint")
     parser.add_argument("-o", "--output", type=Path, help="folder to write")

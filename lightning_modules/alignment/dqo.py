@@ -22,9 +22,9 @@ class DQO(PolicyMethod):
 
     `objective(log_probs, values, batch)` gives the two losses (`soft_q.dqo`, `soft_q.dro`). The policy and the value
     are stepped together by one optimizer with a learning rate, a schedule and a gradient norm for each; for the first
-    `value_warmup` of all steps (a fraction) only the value moves. `kl` adds the full-vocabulary KL(policy || reference) of OREO
-    (arXiv 2412.16145, eq. 9), the only case in which the reference model is needed: its log-probabilities come with
-    the responses.
+    `value_warmup` of all steps (a fraction) only the value moves. `kl` adds the full-vocabulary KL(policy || reference)
+    of OREO (arXiv 2412.16145, eq. 9), the only case in which the reference model is needed: its log-probabilities come
+    with the responses.
     """
 
     batch_type: ClassVar[type] = TrajectoryBatch
@@ -42,6 +42,8 @@ class DQO(PolicyMethod):
         super().__init__(**policy_method)
         if value not in ("separate", "shared"):
             raise ValueError(f"model.value={value}: use separate or shared")
+        if not 0 <= value_warmup <= 1:
+            raise ValueError(f"model.value_warmup={value_warmup} is a fraction of the steps: use 0 to 1")
         self.objective, self.kl, self.value_lr, self.value_warmup = objective, kl, value_lr, value_warmup
         self.value = ValueNetwork(self.policy) if value == "separate" else ValueHead(self.policy.width)
         # outside the module tree: a frozen copy has no place in checkpoints, optimizers or sharding
@@ -70,10 +72,9 @@ class DQO(PolicyMethod):
         scores = self.policy(batch["ids"], batch["mask"], logits=bool(self.kl))
         losses = self.objective(log_probs=scores.log_probs, values=self.values(batch, scores), batch=batch)
         policy_loss = losses.policy + self.kl * self._reference_kl(batch, scores) if self.kl else losses.policy
-        self.log_dict({"train/policy_loss": policy_loss, "train/value_loss": losses.value})
-        self.log_dict({f"train/{name}": value for name, value in losses.logs.items()})
-        self.log("train/loss", policy_loss + losses.value, prog_bar=True, sync_dist=True)
-        return policy_loss + losses.value
+        loss = policy_loss + losses.value
+        self.log_step(loss, policy_loss=policy_loss, value_loss=losses.value, **losses.logs)
+        return loss
 
     def _reference_kl(self, batch: TrajectoryBatch, scores: Scores) -> Float[Tensor, ""]:
         reference = self._reference[0](batch["ids"], batch["mask"], logits=True)
@@ -92,39 +93,16 @@ class DQO(PolicyMethod):
 
     # The value as a judge: can it tell right from wrong before the end?
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
+    def begin_evaluation(self, k: int) -> None:
+        super().begin_evaluation(k)
         self.separation = BinaryAUROC().to(self.device)
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if dataloader_idx == 0:
-            super().validation_step(batch, batch_idx)
-        else:
-            self._judge(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        super().on_validation_epoch_end()
-        self._log_separation("val")
-
-    def on_test_epoch_start(self) -> None:
-        super().on_test_epoch_start()
-        self.separation = BinaryAUROC().to(self.device)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if dataloader_idx == 0:
-            super().test_step(batch, batch_idx)
-        else:
-            self._judge(batch)
-
-    def on_test_epoch_end(self) -> None:
-        super().on_test_epoch_end()
-        self._log_separation("test")
-
-    def _judge(self, batch: TrajectoryBatch) -> None:
+    def judge(self, batch: TrajectoryBatch) -> None:
         values = self.values(batch, self.policy(batch["ids"], batch["mask"]))
         self.separation.update(values[last_token(batch["mask"])], (batch["outcome"] > 0).long())
 
-    def _log_separation(self, stage: str) -> None:
+    def end_evaluation(self, stage: str) -> None:
+        super().end_evaluation(stage)
         if self.trainer.datamodule.held_out:
             self.log(self.metric(f"{stage}/auc"), self.separation.compute())
 

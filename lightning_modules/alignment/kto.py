@@ -47,14 +47,12 @@ class KTO(PolicyMethod):
         origin = self._reference_point(batch)
         loss = kto(log_ratio, batch["outcome"], origin, self.beta, *self.lambdas).mean()
         right = batch["outcome"] > 0
-        self.log_dict(
-            {
-                "train/reference_point": origin,
-                "train/log_ratio_correct": masked_mean(log_ratio.detach(), right),
-                "train/log_ratio_wrong": masked_mean(log_ratio.detach(), ~right),
-            }
+        self.log_step(
+            loss,
+            reference_point=origin,
+            log_ratio_correct=masked_mean(log_ratio, right),
+            log_ratio_wrong=masked_mean(log_ratio, ~right),
         )
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt, PromptBatch, Trajectory
+from datamodules.batches import Prompt, PromptBatch, Trajectory, TrajectoryBatch
 from lightning_modules.alignment.accuracy import AnswerAccuracy, maj_at_k
 from lightning_modules.alignment.generation import Sample, Sampling, generate
 from lightning_modules.alignment.policy import Policy, unsharded
@@ -132,28 +132,58 @@ class PolicyMethod(Method):
     # Evaluation
 
     def on_validation_epoch_start(self) -> None:
-        self._begin(k=0)
+        self.begin_evaluation(k=0)
 
     def on_test_epoch_start(self) -> None:
-        self._begin(self.k)
+        self.begin_evaluation(self.k)
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._answer(batch["prompts"], k=0)
+    def validation_step(self, batch: PromptBatch | TrajectoryBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, k=0)
 
-    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._answer(batch["prompts"], self.k)
+    def test_step(self, batch: PromptBatch | TrajectoryBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self.k)
 
-    def on_validation_epoch_end(self) -> None:
-        self._log_accuracy("val")
+    def on_predict_epoch_start(self) -> None:
+        self.begin_evaluation(self.k)
 
-    def on_test_epoch_end(self) -> None:
-        self._log_accuracy("test")
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, self.k)
+
+    def on_predict_epoch_end(self) -> None:
         self._write_samples()
 
-    def _begin(self, k: int) -> None:
+    def on_validation_epoch_end(self) -> None:
+        self.end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self.end_evaluation("test")
+        self._write_samples()
+
+    def begin_evaluation(self, k: int) -> None:
+        """Before the first batch; `k` answers are sampled beside the greedy one."""
         self.accuracy = AnswerAccuracy(k=k, greedy=True).to(self.device)
         self.answering = unsharded(self.policy)
         self.samples = []
+
+    def judge(self, batch: TrajectoryBatch) -> None:
+        """Look at scored responses that were held out; only asked of a method that `judges`."""
+        raise NotImplementedError
+
+    def end_evaluation(self, stage: str) -> None:
+        """After the last batch, on every process."""
+        self.answering = None
+        intervals = self.accuracy.intervals()
+        for name, value in self.accuracy.compute().items():
+            self.log(self.metric(f"{stage}/{name}"), value)
+            if stage == "test" and name in intervals:
+                low, high = intervals[name]
+                self.log_dict({self.metric(f"test/{name}_low"): low, self.metric(f"test/{name}_high"): high})
+
+    def _evaluate(self, batch: PromptBatch | TrajectoryBatch, k: int) -> None:
+        if "prompts" in batch:
+            self._answer(batch["prompts"], k)
+        else:
+            self.judge(batch)
 
     def _answer(self, prompts: list[Prompt], k: int) -> None:
         greedy = Sampling(temperature=0.0, max_new=self.sampling.max_new)
@@ -195,15 +225,6 @@ class PolicyMethod(Method):
     def text(self, sample: Sample) -> str:
         """What the policy said, without its end token."""
         return self.policy.tokenizer.decode(sample.ids, skip_special_tokens=True)
-
-    def _log_accuracy(self, stage: str) -> None:
-        intervals = self.accuracy.intervals()
-        self.answering = None
-        for name, value in self.accuracy.compute().items():
-            self.log(self.metric(f"{stage}/{name}"), value)
-            if stage == "test" and name in intervals:
-                low, high = intervals[name]
-                self.log_dict({self.metric(f"test/{name}_low"): low, self.metric(f"test/{name}_high"): high})
 
     def _write_samples(self) -> None:
         samples = _gathered(self.samples)

@@ -16,7 +16,7 @@ class SFT(PolicyMethod):
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         log_probs = self.policy(batch["ids"], batch["mask"]).log_probs
         loss = token_mean(-log_probs, batch["token_share"])
-        self.log("train/loss", loss, prog_bar=True, sync_dist=True)
+        self.log_step(loss)
         return loss
 
 

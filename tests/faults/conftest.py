@@ -1,7 +1,6 @@
 """The smallest whole job, spoken to in this process or as a process of its own."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import pytest
 
 import train
 
-TRAIN = Path(train.__file__)
 TINY = (
     *("data=gsm8k", "data.standin={sft: 64, prompts: 8, val: 4, test: 4, misconception: 0.6, slip: 0.0}"),
     *("policy.width=16", "policy.layers=1", "policy.heads=2", "policy.hidden=32", "data.extract=flexible"),
@@ -18,12 +16,15 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def generated_data(monkeypatch):
-    """The stand-in and no network, whatever the machine has."""
-    monkeypatch.delenv("TESSERA_DATA", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def command(*words: str) -> list[str]:
+    """The smallest job with these words, for a process of its own."""
+    return [sys.executable, train.__file__, *TINY, *words]
+
+
+def without_data() -> dict[str, str]:
+    """The environment of a machine that has no data and no network: the problems are generated."""
+    environment = {name: value for name, value in os.environ.items() if name != "TESSERA_DATA"}
+    return {**environment, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture
@@ -35,6 +36,8 @@ def outputs(tmp_path) -> Path:
 @pytest.fixture
 def say(monkeypatch, capfd, outputs):
     """`say("model=sft", ...)` in this process: the exit status and what stood on stderr."""
+    monkeypatch.delenv("TESSERA_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def say(*words: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"output={outputs}", *words])
@@ -47,13 +50,3 @@ def say(monkeypatch, capfd, outputs):
         return status, capfd.readouterr().err
 
     return say
-
-
-def command(*words: str) -> list[str]:
-    """The same words for a process of its own."""
-    return [sys.executable, str(TRAIN), *TINY, *words]
-
-
-def spoken(*words: str, **options) -> subprocess.CompletedProcess:
-    """Run the words in a process of their own to the end."""
-    return subprocess.run(command(*words), capture_output=True, text=True, env=os.environ, timeout=300, **options)

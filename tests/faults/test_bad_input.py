@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, spoken
+from conftest import command, without_data
 
 GOOD = [{"question": f"Tom has {n} pens and buys 2. How many?", "answer": f"{n} + 2\n#### {n + 2}"} for n in range(12)]
 
@@ -51,8 +51,8 @@ def refused(say, outputs):
 def finished(tmp_path_factory):
     """A whole run of two steps: its folder."""
     output = tmp_path_factory.mktemp("finished")
-    done = spoken("model=sft", f"output={output}", "callbacks.checkpoint_every=1")
-    assert done.returncode == 0, done.stderr
+    words = command("model=sft", f"output={output}", "callbacks.checkpoint_every=1")
+    subprocess.run(words, env=without_data(), capture_output=True, check=True)
     return next(output.glob("sft/*/*/results.json")).parent
 
 
@@ -74,7 +74,10 @@ BROKEN = {
     "a truncated line": (json.dumps(GOOD[0]).encode() + b'\n{"question": "How', "line 2: invalid JSON"),
     "bytes that are not UTF-8": (b'{"question": "caf\xe9?", "answer": "#### 1"}\n', "not UTF-8"),
     "a row without an answer": (b'{"question": "How many?"}\n', "line 1: field `answer` is missing"),
-    "an answer without its mark": (b'{"question": "How many?", "answer": "5"}\n', "line 1: field `answer` has no `####`"),
+    "an answer without its mark": (
+        b'{"question": "How many?", "answer": "5"}\n',
+        "line 1: field `answer` has no `####`",
+    ),
     "a web page": (b"<!DOCTYPE html><html><body>404</body></html>\n", "looks like an HTML page"),
     "two rows of one id": (
         b'{"id": "7", "question": "a?", "answer": "#### 1"}\n{"id": "7", "question": "b?", "answer": "#### 1"}\n',
@@ -94,7 +97,9 @@ def test_a_data_file_is_refused_by_name_and_line(broken, refused, tmp_path):
 
 
 def test_a_missing_data_path_is_refused_by_its_key(refused, tmp_path):
-    assert f"data.path={tmp_path}/none: there is no such file or folder" in refused("model=sft", f"data.path={tmp_path}/none")
+    assert f"data.path={tmp_path}/none: there is no such file or folder" in refused(
+        "model=sft", f"data.path={tmp_path}/none"
+    )
 
 
 def test_bad_data_of_the_main_run_is_found_before_the_run_that_prepares_it(refused, tmp_path):
@@ -130,7 +135,8 @@ def test_a_test_problem_longer_than_the_prompt_is_refused(refused, tmp_path):
 )
 def test_a_trajectory_without_a_finite_reward_is_refused(refused, tmp_path, reward, reason):
     path = tmp_path / "answers.jsonl"
-    path.write_text('{"question": "a?", "response": "1", "reward": 1}\n{"question": "b?", "response": "2"%s}\n' % reward)
+    good, bad = '{"question": "a?", "response": "1", "reward": 1}', '{"question": "b?", "response": "2"' + reward + "}"
+    path.write_text(f"{good}\n{bad}\n")
     said = refused("model=dqo", f"data.trajectories={path}")
     assert f"{path}, line 2: " in said
     assert reason in said
@@ -147,7 +153,9 @@ def test_a_checkpoint_of_another_model_is_refused(refused, finished):
 
 
 def test_a_checkpoint_of_another_method_is_refused(refused, finished):
-    said = refused("model=dqo", f"ckpt_path={finished / 'checkpoints' / 'best.ckpt'}", f"policy_weights={finished / 'export'}")
+    said = refused(
+        "model=dqo", f"ckpt_path={finished / 'checkpoints' / 'best.ckpt'}", f"policy_weights={finished / 'export'}"
+    )
     assert "is a checkpoint of another model" in said
     assert "absent there" in said
 
@@ -246,7 +254,10 @@ def test_a_process_that_is_refused_exits_with_status_one(tmp_path):
     data = written(tmp_path / "train.jsonl", [*GOOD, {"question": "?"}])
     running = [
         subprocess.Popen(
-            command("model=dqo", f"output={tmp_path / 'outputs'}", *words), stderr=subprocess.PIPE, text=True, cwd=tmp_path
+            command("model=dqo", f"output={tmp_path / 'outputs'}", *words),
+            stderr=subprocess.PIPE,
+            text=True,
+            env=without_data(),
         )
         for words in ([f"ckpt_path={path}"], [f"data.path={data}"], ["modle=dqo"])
     ]
