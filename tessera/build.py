@@ -107,6 +107,9 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
     every = validated * settings["accumulate_grad_batches"]
     minutes = settings.pop("timeout_minutes")
     settings["strategy"] = strategy(settings["strategy"], world, minutes)
+    if world > 1:  # started by torchrun, or as by torchrun: what it started is what there is
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        settings |= {"devices": local, "num_nodes": world // local}
     monitor, mode = method.headline
     return instantiate(
         {"_target_": settings.pop("_target_")},

@@ -6,12 +6,17 @@ from typing import Any
 
 import torch
 from hydra.utils import get_class
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tessera import ranks
 from tessera.words import Refusal
 
 STAGES = ("fit", "validate", "test", "predict")
+POSITIVE = (
+    *("data.batch_size", "data.limit", "data.max_prompt", "data.max_response"),
+    *("trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps"),
+    *("callbacks.checkpoint_every", "callbacks.keep"),
+)
 
 
 def available(accelerator: str) -> int:
@@ -91,11 +96,14 @@ def _machine(settings: DictConfig) -> list[str | None]:
 
 
 def _sizes(config: DictConfig) -> list[str | None]:
+    sizes = {key: OmegaConf.select(config, key) for key in POSITIVE}
+    small = [f"{key}={size} must be positive" for key, size in sizes.items() if size is not None and size < 1]
+    if small:
+        return small
     batch = config.data.get("batch_size")
     shares = max(devices(config.trainer), ranks.world_size()) * config.trainer.accumulate_grad_batches
     return [
-        f"data.batch_size={batch} must be positive" if batch is not None and batch < 1 else None,
         f"data.batch_size={batch} cannot be dealt out to {shares} micro-batches (trainer.devices x "
         f"trainer.accumulate_grad_batches): take a multiple of {shares}"
-        if batch is not None and batch > 0 and batch % shares else None,
+        if batch is not None and batch % shares else None,
     ]  # fmt: skip

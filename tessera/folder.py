@@ -89,6 +89,12 @@ class RunFolder:
         folders = [cls(path.parent) for path in sorted(parent.glob("*/run.json"), reverse=True)]
         return next((folder for folder in folders if folder.record.get("fingerprint") == identity), None)
 
+    @classmethod
+    def has_ended(cls, parent: Path, identity: str) -> bool:
+        """Whether the newest run with that fingerprint has its results."""
+        newest = cls.latest(parent, identity)
+        return newest is not None and newest.results is not None
+
 
 @contextmanager
 def held(parent: Path, identity: str) -> Iterator[None]:

@@ -88,14 +88,18 @@ def main(words: list[str]) -> int:
     """Run what the words ask for, then the runs it is compared with, and print the table."""
     quiet()
     ranks.join()
+    compared = compose(words)[0].compare or {}
+    others = {label: phase(list(other), words) for label, other in compared.items()}
+    for other in others.values():
+        refuse(*compose(other))
     plan = prepare(words)
     before = time.time()
     folder = carry_out(plan)
     if ranks.rank() == 0 and (folder.path / "results.json").stat().st_mtime < before:
         print(f"{plan.name} on {plan.data.name} was done before, in {folder.path}; resume=never trains anew")
     rows = {f"{_label(plan.start)} (start)": plan.start} if plan.start else {}
-    for label, other in (plan.config.compare or {}).items():
-        rows[label] = carry_out(prepare(phase(list(other), words)))
+    for label, other in others.items():
+        rows[label] = carry_out(prepare(other))
     if ranks.rank() == 0 and folder.results:
         report.finish(folder, {**rows, plan.name.upper(): folder})
     return 0
@@ -118,7 +122,11 @@ def prepare(words: list[str]) -> Plan:
     data = instantiate(config.data, _convert_="all")
     trains = "fit" in config.stages or not config.ckpt_path  # else the checkpoint brings all weights
     if config.start and trains and not config.policy_weights:
-        start = carry_out(prepare(phase(list(config.start), words)))
+        first = prepare(phase(list(config.start), words))
+        if not RunFolder.has_ended(first.parent, first.identity):
+            # what the method refuses, it refuses before another run; instantiating resolves `policy_weights` for good
+            instantiate(compose(words)[0].model, _convert_="all")
+        start = carry_out(first)
         inputs["start"] = start.record["fingerprint"]
     elif config.policy_weights:
         inputs["start"] = _digest(Path(config.policy_weights))
@@ -269,7 +277,7 @@ def sentences(error: Exception) -> list[str]:
         found = re.search(r"full_key: (\S+)", str(error))
         key, error = (found.group(1) if found else key), error.__cause__
     text = " ".join(str(error).split()) or type(error).__name__
-    ours = isinstance(error, (ValueError, FileNotFoundError, FloatingPointError, ImportError, ConnectionError))
+    ours = isinstance(error, (ValueError, OSError, FloatingPointError, ImportError))
     if not ours or key:
         frame = traceback.extract_tb(error.__traceback__)[-1:]
         place = f" [{Path(frame[0].filename).name}:{frame[0].lineno}]" if frame and not ours else ""

@@ -113,7 +113,8 @@ def _composed(words: list[str], found: list[str]) -> DictConfig | None:
     try:
         return compose(words)[0]
     except (HydraException, OmegaConfBaseException) as error:
-        found.append(str(error).splitlines()[0])
+        said = [line for line in str(error).splitlines() if not line.startswith("To append")]
+        found.append(" ".join(said[:2]))
         return None
 
 
@@ -140,15 +141,28 @@ def _wrong_type(key: str, value: Any, config: DictConfig) -> list[str]:
     parent, _, name = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     default = OmegaConf.to_container(node).get(name)
+    if isinstance(default, dict) and not isinstance(value, dict) and value is not None:
+        return [f"{key}={value}: {key} is a group of keys; {_into(key, value, default)}"]
     if isinstance(default, bool) and not isinstance(value, bool):
         return [f"{key}={value}: expected true or false"]
+    if key == "trainer.devices" and value not in ("auto", -1) and not (type(value) is int and value > 0):
+        return [f"{key}={value}: expected a number of processes, or auto"]
     numeric = isinstance(default, (int, float)) and not isinstance(default, bool)
     if numeric and key != "trainer.devices" and (isinstance(value, bool) or not isinstance(value, (int, float))):
         interpolated = isinstance(value, str) and value.startswith("${")
         return [] if interpolated or value is None else [f"{key}={value}: expected a number such as {default}"]
+    if numeric and isinstance(default, int) and isinstance(value, float):
+        return [f"{key}={value}: expected a whole number such as {default}"]
     if key in PATHS and isinstance(value, str) and not Path(value).expanduser().exists():
         return [f"{key}={value}: there is no such file or folder"]
     return []
+
+
+def _into(key: str, value: Any, default: dict[str, Any]) -> str:
+    group = key.rpartition(".")[2]
+    if str(value) in groups().get(group, {}):
+        return f"{group}@{key}={value} takes another file of conf/{group}/"
+    return "change one of " + ", ".join(f"{key}.{name}" for name in default)
 
 
 def _whole(words: list[str]) -> list[str]:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from lightning_modules.alignment.policy import tiny
+
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TESSERA_DATA") or ROOT.parent / "shared" / "data")
 
@@ -51,6 +53,9 @@ def test_a_small_main_job_learns_values_and_leaves_everything_a_user_needs(tmp_p
     }  # fmt: skip
     assert len((run / "samples.jsonl").read_text().splitlines()) == 32
     assert "| RFT |" in (run / "README.md").read_text()
+    start = next(tmp_path.glob("sft/gsm8k-standin/*/export"))
+    manifest = json.loads(next(tmp_path.glob("rollouts/*/manifest.json")).read_text())
+    assert manifest["policy"] == tiny(weights=start).fingerprint(), "the answers are not those of the SFT start"
     assert AutoModelForCausalLM.from_pretrained(run / "export").config.model_type == "llama"
 
 

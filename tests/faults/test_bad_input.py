@@ -214,7 +214,15 @@ def test_a_folder_without_weights_is_no_start(refused, tmp_path):
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=8 cannot be dealt out to 3"),
         (["model._target_=tests.faults.toys.Folding"], "eats BackboneBatch, and data=gsm8k serves TokenBatch"),
         (["model=sft", "model._target_=tests.faults.toys.Frozen"], "Frozen has nothing to train"),
-        (["model=sft", "data.limit=0"], "there is no row to train on"),
+        (["data.limit=0"], "data.limit=0 must be positive"),
+        (["callbacks.checkpoint_every=0"], "callbacks.checkpoint_every=0 must be positive"),
+        (["trainer.devices=some"], "trainer.devices=some: expected a number of processes, or auto"),
+        (["trainer.max_steps=2.5"], "trainer.max_steps=2.5: expected a whole number"),
+        (["model.objective=dro"], "objective@model.objective=dro takes another file of conf/objective/"),
+        (["data.standin=none"], "data.standin is a group of keys; change one of data.standin.sft"),
+        (["objective=dro"], "Did you mean to override objective@model.objective?"),
+        (["model.value=both"], "model.value=both: use separate or shared"),
+        (["model=sft", "data.max_response=5"], "there is no row to train on"),
     ],
 )
 def test_words_that_do_not_fit_are_refused(refused, words, reason):
@@ -233,9 +241,14 @@ def test_all_that_does_not_fit_is_said_at_once(say):
     assert [line.partition(":")[0] for line in err.splitlines()] == ["error"] * 3
 
 
-def test_a_method_that_refuses_its_settings_leaves_no_folder(refused, finished):
-    said = refused("model=dqo", "model.value=both", f"policy_weights={finished / 'export'}")
-    assert "model.value=both: use separate or shared" in said
+def test_what_does_not_fit_in_a_compared_run_is_refused_at_the_start(refused):
+    assert "data.batch_size=8" in refused(
+        "model=dqo", "compare={RFT: ['model=rft', 'trainer.accumulate_grad_batches=3']}"
+    )
+
+
+def test_an_output_that_cannot_be_written_is_named(say):
+    assert "/proc/outputs" in sentence(*say("model=sft", "output=/proc/outputs"))
 
 
 def test_the_traceback_is_shown_when_asked_for(say, tmp_path):
