@@ -95,11 +95,12 @@ def test_every_problem_is_tested_once(method, other, alone):
     assert ours == theirs
 
 
-def test_two_processes_sample_the_answers_of_one(alone, tmp_path):
+def test_two_processes_sample_the_answers_of_one(alone, tmp_path, say, outputs):
     words = ("model=dqo", f"policy_weights={of(alone, 'sft', 'export')}", "trainer.max_steps=1", "stages=[fit]")
     words += ("data.standin={sft: 64, prompts: 300, val: 4, test: 4, misconception: 0.6, slip: 0.0}",)
     ours = carried_out(tmp_path / "two", *words, *WAYS["ddp"])
-    theirs = carried_out(tmp_path / "one", *words)
-    sampled = [next(output.glob("rollouts/*/trajectories.jsonl")).read_bytes() for output in (ours, theirs)]
+    status, err = say(*words)
+    assert status == 0, err
+    sampled = [next(output.glob("rollouts/*/trajectories.jsonl")).read_bytes() for output in (ours, outputs)]
     assert sampled[0].count(b"\n") == 300 * 4
     assert sampled[0] == sampled[1]

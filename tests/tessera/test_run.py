@@ -32,7 +32,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_a_method_begins_with_the_weights_of_the_run_that_prepares_it(run):
-    dqo, sft = run("model=dqo", "model.value_warmup=1")  # in which the policy never moves
+    dqo, sft = run("model=dqo", "model.value_warmup=1.0")  # in which the policy never moves
     assert (dqo.parts[-3], sft.parts[-3]) == ("dqo", "sft")
     assert weights(dqo) == weights(sft)
 
@@ -63,6 +63,6 @@ def test_a_changed_word_of_the_shared_ones_prepares_anew(run):
 
 def test_exported_weights_are_a_start_without_a_run_that_prepares(run):
     (sft,) = run("model=sft")
-    dqo, *others = run("model=dqo", "model.value_warmup=1", f"policy_weights={sft / 'export'}", "seed=2")
+    dqo, *others = run("model=dqo", "model.value_warmup=1.0", f"policy_weights={sft / 'export'}", "seed=2")
     assert others == [sft]
     assert weights(dqo) == weights(sft)
