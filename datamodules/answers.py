@@ -310,7 +310,7 @@ class NumberAnswer:
         extractors = {"strict": strict_number, "flexible": flexible_number}
         if extract not in extractors:
             raise ValueError(
-                f"extract must be one of {', '.join(extractors)}, got {extract!r}: set data.reward.extract"
+                f"extract must be one of {', '.join(extractors)}, got {extract!r}: set data.extract"
             )
         self.extract = extractors[extract]
         self.version = f"number-{extract}-1"

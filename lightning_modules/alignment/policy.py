@@ -248,6 +248,8 @@ def tiny(
     """
     if weights is not None:
         return pretrained(str(weights))
+    if width % heads:
+        raise ValueError(f"policy.width={width} cannot be dealt out to policy.heads={heads}: take a multiple")
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -84,7 +84,7 @@ def _solution(axis: Axes, values: list[float], tokens: list[str], trajectory: Tr
     right = trajectory.reward > 0
     axis.plot(values, marker=".", color=COLORS[right])
     axis.axhline(trajectory.reward, linestyle=":", color="gray")
-    labels = [token.replace("\n", "\\n").strip() or "·" for token in tokens]
+    labels = [repr(token.strip(" "))[1:-1] or "·" for token in tokens]  # control characters have no glyph
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6 if len(labels) < 120 else 3)
     axis.set_ylabel("V(state)")
     question = " ".join(trajectory.question.split())[:140]
