@@ -309,9 +309,7 @@ class NumberAnswer:
     def __init__(self, extract: str = "strict"):
         extractors = {"strict": strict_number, "flexible": flexible_number}
         if extract not in extractors:
-            raise ValueError(
-                f"extract must be one of {', '.join(extractors)}, got {extract!r}: set data.extract"
-            )
+            raise ValueError(f"extract must be one of {', '.join(extractors)}, got {extract!r}: set data.extract")
         self.extract = extractors[extract]
         self.version = f"number-{extract}-1"
 
