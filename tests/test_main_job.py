@@ -40,7 +40,7 @@ def test_a_small_main_job_learns_values_and_leaves_everything_a_user_needs(tmp_p
     assert "SFT (start)" in out
     assert "RFT" in out
     assert "generated stand-in" in out
-    run = next(tmp_path.glob("dqo/gsm8k-standin/*"))
+    run = next(tmp_path.glob("dqo/gsm8k-standin/*/run.json")).parent
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     curve = [float(row["train/value_loss"]) for row in rows if row["train/value_loss"]]

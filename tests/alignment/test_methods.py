@@ -23,6 +23,12 @@ EVALUATION = {"k": 2, "temperature": 1.0, "top_p": 1.0, "max_new": 8, "seed": 0,
 ROLLOUTS = {"k": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new": 12, "seed": 1, "batch_rows": 64}
 
 
+@pytest.fixture(autouse=True)
+def generated_problems(monkeypatch):
+    """Also where the real ones are at hand."""
+    monkeypatch.delenv("TESSERA_DATA", raising=False)
+
+
 def problems(tmp_path, **changes) -> MathProblems:
     settings = {
         "name": "gsm8k", "path": None, "download": False, "trajectories": None, "limit": None, "val_size": 4,

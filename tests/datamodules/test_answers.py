@@ -88,7 +88,7 @@ def test_a_gold_answer_that_is_no_number_is_refused():
 
 
 def test_an_unknown_way_to_extract_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"strict, flexible, got 'loose': set data\.reward\.extract"):
+    with pytest.raises(ValueError, match=r"strict, flexible, got 'loose': set data\.extract"):
         NumberAnswer("loose")
 
 
