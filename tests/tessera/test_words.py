@@ -63,6 +63,13 @@ def test_a_run_that_prepares_takes_the_shared_words_and_leaves_the_methods_own()
     assert compose(phase(["model=sft"], user))[0].trainer.max_steps == 7
 
 
+def test_a_policy_sets_the_sizes_that_suit_it_and_an_experiment_overrules_it():
+    small = compose(["policy=smollm2"])[0]
+    assert (small.rollouts.k, small.evaluation.k, small.data.batch_size) == (2, 2, 4)
+    large = compose(["experiment=dqo_gsm8k_smollm2"])[0]
+    assert (large.rollouts.k, large.evaluation.k, large.data.batch_size) == (8, 4, 64)
+
+
 def test_help_names_every_word():
     text = help_text()
     assert all(re.search(rf"^  {re.escape(word)}\b", text, re.M) for word in groups()["model"])
