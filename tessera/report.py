@@ -180,7 +180,7 @@ def _notes(rows: dict[str, RunFolder]) -> list[str]:
         notes.append("These problems are a generated stand-in: the numbers say nothing about the real data set.")
     if {"dqo", "rft"} <= {r["model"] for r in results}:
         notes.append(
-            "At this scale RFT and DRO are as good as DQO or better; DQO's case is partial credit on larger models."
+            "At this scale RFT and DRO are as good as DQO or better; docs/main-job.md says what may be concluded."
         )
     return notes
 
