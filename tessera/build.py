@@ -13,14 +13,17 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.method import Method
-from tessera.checkpoints import Newest, VerifiedCheckpointIO
+from tessera.checkpoints import VerifiedCheckpointIO
 from tessera.metrics_csv import MetricsCSV
 from tessera.progress import progress_bar
 from tessera.report import Figures
+from tessera.saving import Newest
+from tessera.stopping import STOP
 
 
 def strategy(name: str, world: int, minutes: float) -> Strategy | str:
@@ -51,7 +54,7 @@ def callbacks(settings: DictConfig, validated: int, monitor: str, mode: str, fol
         mode=mode,
         enable_version_counter=False,
     )
-    newest = Newest(checkpoints, settings.checkpoint_every, settings.keep, validated)
+    newest = Newest(checkpoints, settings.checkpoint_every, validated, STOP)
     return [*stop, *([best] if validated else []), newest]
 
 
@@ -106,12 +109,14 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
     validated = settings.pop("val_check_interval")
     every = validated * settings["accumulate_grad_batches"]
     minutes = settings.pop("timeout_minutes")
+    for key in ("grace_minutes", "restarts"):  # the launcher's
+        settings.pop(key)
     settings["strategy"] = strategy(settings["strategy"], world, minutes)
     if world > 1:  # started by torchrun, or as by torchrun: what it started is what there is
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         settings |= {"devices": local, "num_nodes": world // local}
     monitor, mode = method.headline
-    return instantiate(
+    made: L.Trainer = instantiate(
         {"_target_": settings.pop("_target_")},
         **settings,
         # counted in optimizer steps here and in micro-batches by Lightning
@@ -125,9 +130,16 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
             Figures(folder),
             progress_bar(name),
         ],
-        plugins=[VerifiedCheckpointIO()],
+        plugins=[
+            VerifiedCheckpointIO(config.callbacks.keep),
+            # also inside of a SLURM job, whose variables Lightning would otherwise take for its own launch
+            TorchElasticEnvironment() if world > 1 else LightningEnvironment(),
+        ],
         use_distributed_sampler=False,
         inference_mode=config.trainer.strategy != "fsdp",  # sharded parameters cannot be inference tensors
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    # the signals are ours: Lightning's handlers call a collective where they interrupt, and save nothing
+    made._signal_connector.register_signal_handlers = lambda: None
+    return made
