@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from datamodules.batches import TokenBatch, Trajectory
 from datamodules.math_problems import MathProblems, preference_batch, preference_pairs, token_batch, trajectory_batch
-from lightning_modules.alignment import policy as policies
-from lightning_modules.alignment import soft_q
+from lightning_modules.alignment import policies, soft_q
 from lightning_modules.alignment.dqo import DQO
 from lightning_modules.alignment.kto import KTO, mismatched
+from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.sft import RFT, SFT
 from lightning_modules.alignment.value import ValueNetwork
 from lightning_modules.optimizers.schedules import warmup_constant, warmup_cosine
@@ -40,7 +40,7 @@ def problems(tmp_path, **changes) -> MathProblems:
     return MathProblems(**settings | changes)
 
 
-def small_policy() -> policies.Policy:
+def small_policy() -> Policy:
     return policies.tiny(width=16, layers=1, heads=2, hidden=16, context=512)
 
 
@@ -77,7 +77,7 @@ def random_outcomes(monkeypatch):
 
     monkeypatch.setattr(NumberAnswer, "__call__", lambda self, text, gold: Score("1", len(text) % 2 == 0))
     # a response that is cut off has reward 0: make it end early
-    monkeypatch.setattr(policies.Policy, "stop_ids", property(lambda self: list(range(0, len(self.tokenizer), 4))))
+    monkeypatch.setattr(Policy, "stop_ids", property(lambda self: list(range(0, len(self.tokenizer), 4))))
 
 
 def test_one_optimizer_with_two_groups_is_two_optimizers(tmp_path, random_outcomes):
