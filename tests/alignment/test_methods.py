@@ -9,7 +9,8 @@ import torch
 from transformers import AutoTokenizer
 
 from datamodules.batches import TokenBatch, Trajectory
-from datamodules.math_problems import MathProblems, preference_batch, preference_pairs, token_batch, trajectory_batch
+from datamodules.collation import preference_batch, token_batch, trajectory_batch
+from datamodules.math_problems import MathProblems, preference_pairs
 from lightning_modules.alignment import policies, soft_q
 from lightning_modules.alignment.dqo import DQO
 from lightning_modules.alignment.kto import KTO, mismatched
@@ -240,7 +241,7 @@ def test_a_chat_template_is_applied_once_and_special_tokens_do_not_double(tmp_pa
 def test_the_batch_that_a_method_names_is_the_batch_it_gets(tmp_path):
     data = problems(tmp_path)
     batches = fit(make(SFT), data, tmp_path, steps=1)
-    assert set(batches[0]) == set(TokenBatch.__annotations__)
+    assert set(batches[0]) == TokenBatch.__required_keys__
     tokenizer = data.tokenizer
     row = batches[0]["ids"][0][1:][batches[0]["mask"][0]]
     assert tokenizer.decode(row[:-1]) in {problem.solution for problem in data.parts["sft"]}
