@@ -19,7 +19,7 @@ from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
 PROMPTS_AT_ONCE = 64
-PACKED_ROW = 1024  # tokens of a packed row: longer ones save little padding, and attention costs their square
+PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
 
@@ -116,8 +116,8 @@ class MathProblems(L.LightningDataModule):
         room = self.method.policy.context
         if padded_length(self.max_prompt + self.max_response, self.multiple) > room:
             raise ValueError(
-                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} exceed the policy's "
-                f"context of {room} tokens (rows are padded to a multiple of {self.multiple}): lower them to fit"
+                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} (padded to a multiple of "
+                f"{self.multiple}) exceed the policy's context of {room} tokens: lower them to fit"
             )
         if self.packed and stage == "fit":
             self.method.policy.check_packing()
