@@ -33,7 +33,8 @@ def generated_problems(monkeypatch):
 def problems(tmp_path, **changes) -> MathProblems:
     settings = {
         "name": "gsm8k", "path": None, "download": False, "trajectories": None, "limit": None, "val_size": 4,
-        "batch_size": 8, "max_prompt": 200, "max_response": 100, "prompt": "{question}\n", "strip_annotations": False,
+        "batch_size": 8, "packed": False, "pad_to_multiple": 1, "max_prompt": 200, "max_response": 100,
+        "prompt": "{question}\n", "strip_annotations": False,
         "extract": "strict", "process_reward": "none", "process_scale": 0.5, "on_error": "stop", "seed": 1,
         "workers": 0, "cache": str(tmp_path),
         "standin": {"sft": 24, "prompts": 6, "val": 4, "test": 4, "misconception": 0.6, "slip": 0.0},
