@@ -14,8 +14,7 @@ import time
 import torch
 
 from datamodules.batches import TrajectoryBatch
-from lightning_modules.alignment import policy as policies
-from lightning_modules.alignment import soft_q
+from lightning_modules.alignment import policies, soft_q
 from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.policy_method import token_mean
 from lightning_modules.alignment.value import ValueHead, ValueNetwork

@@ -21,7 +21,8 @@ import transformers
 from torch import nn
 
 from lightning_modules.alignment.generation import Sampling, batches, generate
-from lightning_modules.alignment.policy import Policy, smollm2, tiny
+from lightning_modules.alignment.policies import smollm2, tiny
+from lightning_modules.alignment.policy import Policy
 
 CASES = ("equal", "ragged")
 # (prompts, samples a prompt, prompt lengths, tokens, rows in a batch)

@@ -5,7 +5,7 @@ Positions are counted as in `log_probs[:, t] = log p(ids[:, t + 1] | ids[:, : t 
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -51,12 +51,14 @@ class TokenBatch(TypedDict):
 
     `token_share` is the number of marked tokens in the whole optimizer step divided by the micro-batches that make it
     up (processes x accumulation). A sum over this micro-batch divided by it is a mean over the global batch once the
-    micro-batches are averaged, on any number of processes.
+    micro-batches are averaged, on any number of processes. With `positions`, which count from 0 in each of them, a row
+    holds several sequences end to end that must not see each other.
     """
 
     ids: Int[Tensor, "batch length"]
     mask: Bool[Tensor, "batch length-1"]
     token_share: Float[Tensor, ""]
+    positions: NotRequired[Int[Tensor, "batch length"]]
 
 
 class PromptBatch(TypedDict):

@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
 from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
 from datamodules.problems import find, strip_annotations
 from datamodules.process_reward import annotation_rewards
 from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
 PROMPTS_AT_ONCE = 64
+PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
 
@@ -43,6 +43,8 @@ class MathProblems(L.LightningDataModule):
         limit: int | None,
         val_size: int,
         batch_size: int,
+        packed: bool,
+        pad_to_multiple: int,
         max_prompt: int,
         max_response: int,
         prompt: str,
@@ -59,7 +61,8 @@ class MathProblems(L.LightningDataModule):
         super().__init__()
         if process_reward not in PROCESS_REWARDS:
             raise ValueError(f"data.process_reward={process_reward}: there are {', '.join(PROCESS_REWARDS)}")
-        self.batch_size, self.max_prompt, self.max_response = batch_size, max_prompt, max_response
+        self.batch_size, self.packed, self.multiple = batch_size, packed, pad_to_multiple
+        self.max_prompt, self.max_response = max_prompt, max_response
         self.template, self.strip, self.workers, self.seed = prompt, strip_annotations, workers, seed
         self.process_reward, self.process_scale = process_reward, process_scale
         self.cache = Path(cache)
@@ -111,11 +114,13 @@ class MathProblems(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         room = self.method.policy.context
-        if self.max_prompt + self.max_response > room:
+        if padded_length(self.max_prompt + self.max_response, self.multiple) > room:
             raise ValueError(
-                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} exceed the policy's "
-                f"context of {room} tokens: lower them to fit"
+                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} (padded to a multiple of "
+                f"{self.multiple}) exceed the policy's context of {room} tokens: lower them to fit"
             )
+        if self.packed and stage == "fit":
+            self.method.policy.check_packing()
         self.pad = self.tokenizer.pad_token_id
         self.val = self._prompts("val")
         self.test = self._prompts("test")
@@ -166,19 +171,29 @@ class MathProblems(L.LightningDataModule):
         fitting, long = _split(rows, lambda row: len(row[0]) > self.max_prompt or len(row[1]) > self.max_response)
         if long:
             _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
-        return self._loader(fitting, lambda chosen, share: token_batch(chosen, self.pad, share))
+        return self._loader(fitting, self._token_batch)
+
+    def _token_batch(self, rows: list[tuple[list[int], list[int]]], share: float) -> TokenBatch:
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_batch(rows, self.pad, share, self.multiple, room)
+        return token_batch(rows, self.pad, share, self.multiple)
 
     def _answers(self) -> DataLoader:
         self.trajectories = self.method.keep(self._trajectories())
         rows = [(t.prompt_ids, t.response_ids, t) for t in self.trajectories]
-        return self._loader(rows, lambda chosen, share: trajectory_batch([row[2] for row in chosen], self.pad, share))
+        return self._loader(
+            rows, lambda chosen, share: trajectory_batch([row[2] for row in chosen], self.pad, share, self.multiple)
+        )
 
     def _pairs(self) -> DataLoader:
         self.trajectories = self.method.keep(self._trajectories())
         pairs = preference_pairs(self.trajectories, self.seed)
         rows = [(right.prompt_ids, max(right.response_ids, wrong.response_ids, key=len), right, wrong)
                 for right, wrong in pairs]  # fmt: skip
-        return self._loader(rows, lambda chosen, share: preference_batch([r[2:] for r in chosen], self.pad, share))
+        return self._loader(
+            rows, lambda chosen, share: preference_batch([r[2:] for r in chosen], self.pad, share, self.multiple)
+        )
 
     def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
         batches = StepIndexed(
@@ -254,39 +269,6 @@ class MathProblems(L.LightningDataModule):
         return [DataLoader([trajectory_batch(part, self.pad, 1.0) for part in cut], batch_size=None)]
 
 
-def token_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int, token_share: float) -> TokenBatch:
-    """Prompt and response tokens side by side, right-padded, the responses marked."""
-    ids, mask = _padded([(prompt, response) for prompt, response, *_ in rows], pad)
-    return TokenBatch(ids=ids, mask=mask, token_share=torch.tensor(token_share, dtype=torch.float32))
-
-
-def trajectory_batch(rows: Sequence[Trajectory], pad: int, token_share: float) -> TrajectoryBatch:
-    """Trajectories right-padded; the outcome reward sits on the last response token."""
-    ids, mask = _padded([(t.prompt_ids, t.response_ids) for t in rows], pad)
-    rewards = [_token_rewards(t) for t in rows]
-    return TrajectoryBatch(
-        ids=ids,
-        mask=mask,
-        token_share=torch.tensor(token_share, dtype=torch.float32),
-        rewards=_spread(rewards, mask),
-        lp_mu=_spread([t.lp_mu for t in rows], mask),
-        lp_ref=_spread([t.lp_ref for t in rows], mask),
-        outcome=torch.tensor([float(t.reward) for t in rows]),
-        prompt_length=torch.tensor([len(t.prompt_ids) for t in rows]),
-    )
-
-
-def preference_batch(pairs: Sequence[tuple[Trajectory, ...]], pad: int, token_share: float) -> PreferenceBatch:
-    """Pairs with the better response first."""
-    ids, mask = _padded([(t.prompt_ids, t.response_ids) for pair in pairs for t in pair], pad)
-    return PreferenceBatch(
-        ids=ids.unflatten(0, (-1, 2)),
-        mask=mask.unflatten(0, (-1, 2)),
-        label=torch.ones(len(pairs)),
-        token_share=torch.tensor(token_share, dtype=torch.float32),
-    )
-
-
 def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[tuple[Trajectory, Trajectory]]:
     """(correct, incorrect) pairs of one problem without replacement, six at most (arXiv 2412.16145, appendix A)."""
     by_prompt: dict[str, tuple[list[Trajectory], list[Trajectory]]] = {}
@@ -298,28 +280,6 @@ def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[tupl
         count = min(len(right), len(wrong), PAIRS_PER_PROMPT)
         pairs += zip(generator.sample(right, count), generator.sample(wrong, count))
     return pairs
-
-
-def _token_rewards(trajectory: Trajectory) -> list[float]:
-    rewards = list(trajectory.step_rewards or [0.0] * len(trajectory.response_ids))
-    rewards[-1] += trajectory.reward
-    return rewards
-
-
-def _padded(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) + len(response) for prompt, response in rows)
-    ids = torch.full((len(rows), width), pad)
-    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(rows):
-        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
-    return ids, mask
-
-
-def _spread(values: Sequence[Sequence[float]], mask: Tensor) -> Tensor:
-    """Values of the response tokens at their places, zero elsewhere."""
-    flat = torch.tensor([value for row in values for value in row], dtype=torch.float32)
-    return torch.zeros(mask.shape).masked_scatter(mask, flat)
 
 
 def _split(rows: Sequence[Any], apart: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:

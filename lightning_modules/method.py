@@ -24,6 +24,7 @@ class Method(L.LightningModule):
 
     batch_type: ClassVar[type]
     headline: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    packs: ClassVar[bool] = False  # whether it heeds `positions`, so that rows may hold several sequences
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], scheduler: Callable[..., float]) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from tessera.words import Refusal
 
 STAGES = ("fit", "validate", "test", "predict")
 POSITIVE = (
-    *("data.batch_size", "data.limit", "data.max_prompt", "data.max_response"),
+    *("data.batch_size", "data.pad_to_multiple", "data.limit", "data.max_prompt", "data.max_response"),
     *("trainer.num_nodes", "trainer.accumulate_grad_batches", "trainer.log_every_n_steps"),
     *("callbacks.checkpoint_every", "callbacks.keep"),
 )
@@ -47,7 +47,7 @@ def batch_types(data: DictConfig) -> dict[str, Any]:
 
 def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
     """One sentence for everything that does not fit, with the word to change."""
-    checks = (_batches(config, choices), *_way(config), *_machine(config.trainer), *_sizes(config))
+    checks = (*_batches(config, choices), *_way(config), *_machine(config.trainer), *_sizes(config))
     return [reason for reason in checks if reason]
 
 
@@ -58,11 +58,15 @@ def refuse(config: DictConfig, choices: dict[str, str]) -> None:
         raise Refusal(found)
 
 
-def _batches(config: DictConfig, choices: dict[str, str]) -> str | None:
-    wanted, served = get_class(config.model._target_).batch_type.__name__, batch_types(config.data)
-    if wanted in served:
-        return None
-    return f"model={choices['model']} eats {wanted}, and data={choices['data']} serves {', '.join(served)}: change one"
+def _batches(config: DictConfig, choices: dict[str, str]) -> list[str | None]:
+    method, served, model = get_class(config.model._target_), batch_types(config.data), choices["model"]
+    wanted = method.batch_type.__name__
+    return [
+        f"model={model} eats {wanted}, and data={choices['data']} serves {', '.join(served)}: change one"
+        if wanted not in served else None,
+        f"data.packed=true: model={model} needs a row for every sequence; take data.packed=false"
+        if config.data.get("packed") and not method.packs else None,
+    ]  # fmt: skip
 
 
 def _way(config: DictConfig) -> list[str | None]:

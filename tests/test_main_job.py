@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from lightning_modules.alignment.policy import tiny
+from lightning_modules.alignment.policies import tiny
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TESSERA_DATA") or ROOT.parent / "shared" / "data")

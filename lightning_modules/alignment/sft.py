@@ -12,9 +12,10 @@ class SFT(PolicyMethod):
     """Cross-entropy on the answer tokens of worked solutions."""
 
     batch_type: ClassVar[type] = TokenBatch
+    packs: ClassVar[bool] = True
 
     def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
-        log_probs = self.policy(batch["ids"], batch["mask"]).log_probs
+        log_probs = self.policy(batch["ids"], batch["mask"], batch.get("positions")).log_probs
         loss = token_mean(-log_probs, batch["token_share"])
         self.log_step(loss)
         return loss
@@ -27,6 +28,7 @@ class RFT(SFT):
     """
 
     batch_type: ClassVar[type] = TrajectoryBatch
+    packs: ClassVar[bool] = False
 
     def keep(self, trajectories: list[Trajectory]) -> list[Trajectory]:
         unique = {(t.prompt_id, tuple(t.response_ids)): t for t in reversed(trajectories) if t.reward > 0}

@@ -10,7 +10,10 @@ from lightning_modules.alignment.policy import Policy
 
 
 class ValueNetwork(nn.Module):
-    """A copy of the policy's trunk with a scalar head that starts at zero (arXiv 2412.16145, appendix A)."""
+    """A copy of the policy's trunk with a scalar head that starts at zero (arXiv 2412.16145, appendix A).
+
+    It recomputes activations where the policy does.
+    """
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()

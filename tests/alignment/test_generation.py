@@ -7,7 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_modules.alignment.generation import Sampling, batches, draw, generate
-from lightning_modules.alignment.policy import Policy, tiny
+from lightning_modules.alignment.policies import tiny
+from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.tiny_tokenizer import tiny_tokenizer
 
 TRUNCATED = Sampling(temperature=0.7, top_p=0.9, top_k=16, max_new=30, seed=3)

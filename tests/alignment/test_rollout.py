@@ -15,7 +15,8 @@ import torch
 
 from datamodules.batches import Prompt
 from lightning_modules.alignment.generation import Sampling, generate
-from lightning_modules.alignment.policy import Policy, tiny
+from lightning_modules.alignment.policies import tiny
+from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.rollout import _short, monte_carlo_rewards, rollout, score_responses
 
 SAMPLING = Sampling(max_new=24)
