@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from datamodules.answers import BoxedAnswer, NumberAnswer
 from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
-from datamodules.problems import find, strip_annotations
+from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
 from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
@@ -215,7 +215,14 @@ class MathProblems(L.LightningDataModule):
         else:
             identity = {"data": self.fingerprint, "scorer": self.scorer.version, "template": self.template}
             trajectories = self.method.rollout(self._prompts("prompts"), identity, self.cache)
+        if self.method.imitates_solutions:
+            trajectories = [*trajectories, *self._scored([self._given(problem) for problem in self.parts["prompts"]])]
         return self._with_step_rewards([t for t in trajectories if t.response_ids])
+
+    def _given(self, problem: Problem) -> Response:
+        """The data's own solution as a right answer."""
+        text = strip_annotations(problem.solution) if self.strip else problem.solution
+        return Response(problem.id, -1, problem.question, text, problem.gold, 1.0)
 
     def _scored(self, responses: list[Response]) -> list[Trajectory]:
         """Trajectories of given solutions: the reference stands in for the behaviour policy, which nobody recorded."""

@@ -71,7 +71,8 @@ def launch(words: list[str], devices: int, settings: DictConfig) -> int:
         except ChildFailedError as error:
             return _tell(root_cause(list(error.failures.items())))
         except SignalException as stopped:
-            failed = sorted(Path(folder).rglob("error.json"))
+            attempts = sorted(Path(folder).rglob("attempt_*"), key=lambda path: int(path.name.partition("_")[2]))
+            failed = sorted(attempts[-1].rglob("error.json")) if attempts else []
             if failed:  # what went wrong while they were stopping
                 return _say(json.loads(failed[0].read_text())["sentences"])
             return 143 if stopped.sigval == signal.SIGUSR1 else 128 + stopped.sigval

@@ -33,6 +33,7 @@ class PolicyMethod(Method):
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/greedy", "max")
+    imitates_solutions = False  # whether the data's own solutions join the sampled answers
     judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 
     def __init__(

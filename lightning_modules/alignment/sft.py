@@ -1,6 +1,6 @@
 """Supervised fine-tuning, on given solutions or on the model's own correct ones."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,10 +24,15 @@ class SFT(PolicyMethod):
 class RFT(SFT):
     """Rejection-sampling fine-tuning: cross-entropy on the unique correct answers sampled (arXiv 2308.01825).
 
-    Also known as STaR (arXiv 2203.14465) and RAFT (arXiv 2304.06767), here one round of it.
+    Also known as STaR (arXiv 2203.14465) and RAFT (arXiv 2304.06767), here one round of it. `solutions` adds the data's
+    own solutions of the same problems, as section 3.3 of 2308.01825 does.
     """
 
     batch_type: ClassVar[type] = TrajectoryBatch
+
+    def __init__(self, solutions: bool, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.imitates_solutions = solutions
     packs: ClassVar[bool] = False
 
     def keep(self, trajectories: list[Trajectory]) -> list[Trajectory]:
