@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,14 @@ class Asked:
 def work(sweep: Sweep, folder: Path, limit: int | None, began: datetime) -> None:
     """Carry out trials; with none left to hand out, stay for those of agents that may yet be killed."""
     stopping = Asked()
-    home = StudyFolder(sweep, folder, limit, began)
+    try:
+        _work(StudyFolder(sweep, folder, limit, began), stopping)
+    except OSError as error:  # a full disk, a share that is gone
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _work(home: StudyFolder, stopping: Asked) -> None:
     agent, lock = home.join()
     with lock:
         while not stopping():

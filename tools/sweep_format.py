@@ -436,8 +436,13 @@ def _refuse_words(sweep: Sweep) -> None:
 
 
 def _samples(sweep: Sweep) -> Iterator[list[str]]:
-    """Commands in which every choice stands once."""
-    axes = sweep.axes
-    for n in range(max((len(axis.choices) for axis in axes), default=1) or 1):
-        drawn = {axis.name: axis.choices[n % len(axis.choices)] if axis.choices else axis.low for axis in axes}
+    """Commands in which every word that a choice may be stands once, and one number of each axis."""
+    points = {axis.name: _words_and_a_number(axis.choices) or [axis.low] for axis in sweep.axes}
+    for n in range(max(map(len, points.values()), default=1)):
+        drawn = {name: among[n % len(among)] for name, among in points.items()}
         yield sweep.words(sweep.arguments(drawn))
+
+
+def _words_and_a_number(choices: tuple[str, ...]) -> list[str]:
+    words = [choice for choice in choices if isinstance(json.loads(choice), str)]
+    return words + [choice for choice in choices if choice not in words][:1]

@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
@@ -53,10 +55,8 @@ def counts(home: StudyFolder) -> str:
 
 def spoken(arguments: dict[str, Any]) -> str:
     """Parameters in one line; of numbers, what one can compare by eye."""
-    flat = {f"{name}": value for name, value in arguments.items()}
-    return "  ".join(
-        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in flat.items()
-    )
+    short = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in arguments.items()}
+    return "  ".join(f"{name}={value}" for name, value in short.items())
 
 
 def _table(home: StudyFolder, trials: list[FrozenTrial]) -> Table:
@@ -91,15 +91,14 @@ def history(home: StudyFolder) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axis = figure.subplots()
     for state, marker in ((TrialState.COMPLETE, "o"), (TrialState.PRUNED, "x")):
-        shown = [trial for trial in home.trials if trial.state == state and trial.value is not None]
-        axis.scatter([t.number for t in shown], [t.value for t in shown], marker=marker, s=18, label=state.name.lower())
+        shown = [(t.number, t.value) for t in home.trials if t.state == state and t.value is not None]
+        if shown:
+            axis.scatter(*zip(*shown), marker=marker, s=18, label=state.name.lower())
     done = sorted(ranked(home), key=lambda trial: trial.number)
-    better, best, line = max if home.sweep.maximize else min, None, []
-    for trial in done:
-        best = trial.value if best is None else better(best, trial.value)
-        line.append(best)
-    axis.step([trial.number for trial in done], line, where="post", color="tab:red", label="best so far")
+    best = accumulate((trial.value for trial in done), max if home.sweep.maximize else min)
+    axis.step([trial.number for trial in done], list(best), where="post", color="tab:red", label="best so far")
     axis.set(xlabel="trial", ylabel=home.sweep.metric)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=8)
     return figure
 

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds
 
 # leaves what train.py leaves: the run folder's path, metrics.csv, results.json
 PROGRAM = """
@@ -57,6 +57,7 @@ class Place:
     """A folder with a program and a sweep file."""
 
     path: Path
+    started: list[subprocess.Popen] = field(default_factory=list)
 
     def write(self, **content: Any) -> Path:
         """The sweep file: keys replace those of the smallest sweep, None leaves one out."""
@@ -73,7 +74,7 @@ class Place:
 
     def start(self, *words: str) -> subprocess.Popen:
         """`python -m tools.sweep sweep.yaml ...` in the folder, in a session of its own."""
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "tools.sweep", "sweep.yaml", "--folder", "study", *words],
             cwd=self.path,
             stdout=subprocess.PIPE,
@@ -82,6 +83,8 @@ class Place:
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
+        self.started.append(process)
+        return process
 
     def sweep(self, *words: str) -> tuple[int, str, str]:
         """The same to its end: exit status, stdout, stderr."""
@@ -134,6 +137,12 @@ def alive(pid: int) -> bool:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Place:
+def place(tmp_path, monkeypatch) -> Iterator[Place]:
+    """A place of the test's own, with nothing left at work in it afterwards."""
     monkeypatch.chdir(tmp_path)
-    return Place(tmp_path)
+    place = Place(tmp_path)
+    yield place
+    for process in place.started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()

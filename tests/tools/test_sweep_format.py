@@ -136,7 +136,7 @@ def test_nested_parameters_are_handed_on_as_w_and_b_nests_them(place):
 )
 def test_what_cannot_be_carried_out_is_refused_with_the_key_and_what_to_do(place, change, said):
     path = place.write(**change)
-    with pytest.raises(ValueError, match="sweep.yaml: ") as refusal:
+    with pytest.raises(ValueError, match=r"sweep\.yaml: ") as refusal:
         read(path)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -154,7 +154,7 @@ def test_what_cannot_be_carried_out_is_refused_with_the_key_and_what_to_do(place
 def test_a_file_that_is_no_sweep_file_is_refused(place, text, said):
     path = place.write()
     path.write_text(text)
-    with pytest.raises(ValueError, match="sweep.yaml: ") as refusal:
+    with pytest.raises(ValueError, match=r"sweep\.yaml: ") as refusal:
         read(path)
     assert said in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -230,7 +230,7 @@ SFT = {"program": str(TRAIN), "command": ["python", "${program}", "model=sft", "
     ],
 )
 def test_words_that_train_py_would_refuse_are_refused_before_any_trial(place, change, said):
-    with pytest.raises(ValueError, match="sweep.yaml: ") as refusal:
+    with pytest.raises(ValueError, match=r"sweep\.yaml: ") as refusal:
         read(place.write(**{**SFT, **change}))
     assert said in str(refusal.value)
 

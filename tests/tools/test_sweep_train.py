@@ -1,4 +1,4 @@
-"""train.py under a sweep and under Hydra's own -m: each trial is one run, and its processes train with the same values."""
+"""train.py under a sweep and under Hydra's own -m: a trial is one run, and its processes train with the same values."""
 
 import json
 import os
@@ -71,8 +71,10 @@ def test_the_processes_of_a_trial_have_the_same_hyperparameters(place, trains):
     assert len({trial.params["optimizer.lr"] for trial in place.trials}) == 2
 
 
+@pytest.mark.slow
 def test_hydras_own_grid_gives_one_run_a_job_and_the_same_values_to_its_processes(tmp_path):
-    words = command(*WITNESS, *TWO, f"output={tmp_path}", "stages=[fit]", "-m", "optimizer.lr=1e-3,1e-4")
+    words = command(*WITNESS, *TWO, f"output={tmp_path}", "stages=[fit]", "optimizer.lr=1e-3,1e-4")
+    words.insert(2, "-m")
     done = subprocess.run(words, capture_output=True, text=True, env=without_data(), cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [processes(path.parent) for path in tmp_path.glob("sft/*/*/run.json")]
