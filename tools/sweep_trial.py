@@ -29,6 +29,7 @@ from tools.sweep_study import StudyFolder, held, sign
 
 POLL = 0.1  # seconds
 PATIENCE = 30  # seconds between asking a process to end and ending it
+LEISURE = 20  # a long metrics.csv is read again after so many times the time that reading it took
 TAIL = 20  # lines of a failed trial's log that are kept in the study
 STOPPED = {128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT}
 
@@ -119,6 +120,7 @@ def _follow(
     home: StudyFolder, trial: optuna.Trial, process: subprocess.Popen, stopping: Callable[[], bool]
 ) -> Outcome | None:
     """Wait for the end, report what is logged where trials may be pruned; an outcome if the trial was stopped."""
+    look = 0.0 if home.sweep.early_stop else math.inf
     while True:
         with suppress(subprocess.TimeoutExpired):
             process.wait(POLL)
@@ -126,9 +128,11 @@ def _follow(
         if stopping():
             _terminate(process)
             return Outcome(None)
-        if home.sweep.early_stop and _falls_behind(home, trial):
-            _terminate(process)
-            return Outcome(TrialState.PRUNED)
+        if (began := time.monotonic()) > look:
+            if _falls_behind(home, trial):
+                _terminate(process)
+                return Outcome(TrialState.PRUNED)
+            look = time.monotonic() + LEISURE * (time.monotonic() - began)
 
 
 def _terminate(process: subprocess.Popen) -> None:
