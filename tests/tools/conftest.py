@@ -44,7 +44,7 @@ if x in json.loads(words.get("crash", "[]")):
     sys.exit(f"x={x} is too much")
 loss = (x - 0.3) ** 2
 for step in range(int(words.get("steps", 2))):
-    time.sleep(float(words.get("pause", 0)))
+    time.sleep(float(words.get("pause", 0)) * (10 if x in json.loads(words.get("slow", "[]")) else 1))
     with open(run / "metrics.csv", "w") as file:
         file.write("step,loss\\n" + "".join(f"{n},{loss + 1 / (n + 1)}\\n" for n in range(step + 1)))
 results = {"metrics": {"test/loss": loss}}
