@@ -26,7 +26,7 @@ class Told(BaseException):
 
 @contextmanager
 def told_by_signals() -> Iterator[None]:
-    """Raise Told for SIGTERM and SIGINT."""
+    """Raise Told for the first SIGTERM or SIGINT; further ones wait with us for the agents."""
 
     def tell(number: int, frame: object) -> None:
         for other in before:
@@ -56,13 +56,13 @@ class Agents:
         """Start the agents and show what they do until the last one has ended; the exit status."""
         if self.shown:
             print(f"going on in {self.home.folder}: {len(self.shown)} trials are done", flush=True)
-        try:
-            with told_by_signals():
+        with told_by_signals():
+            try:
                 for process in self.processes:
                     process.start()
                 self._show()
-        except Told as told:
-            return self._stop(told.args[0])
+            except Told as told:
+                return self._stop(told.args[0])
         return self._verdict()
 
     def _show(self) -> None:
