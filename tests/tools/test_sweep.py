@@ -6,9 +6,9 @@ import signal
 import pytest
 import yaml
 
-from tests.tools.conftest import alive, until
+from tests.tools.places import alive, until
 
-COMMAND = ["python", "${program}", "${args_no_hyphens}"]
+pytest_plugins = ["tests.tools.places"]
 
 
 def test_two_agents_carry_out_fifty_trials_and_none_twice(place):

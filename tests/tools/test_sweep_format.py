@@ -13,6 +13,7 @@ import yaml
 
 from tools.sweep_format import TRAIN, macros, read
 
+pytest_plugins = ["tests.tools.places"]
 DUMP = "import json, os, sys\njson.dump([sys.executable, *sys.argv], open(os.environ['DUMP'], 'w'))\n"
 
 

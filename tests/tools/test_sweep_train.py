@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from tests.faults.conftest import TINY, command, without_data
-from tests.tools.conftest import alive, until
+from tests.tools.places import alive, until
 from tools.sweep_format import TRAIN
 
+pytest_plugins = ["tests.tools.places"]
 WITNESS = ("model=sft", "model._target_=tests.tools.toys.Witness")
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 
