@@ -43,7 +43,7 @@ class Heartbeat(threading.Thread):
         silence = time.time() - at
         alive = "still there" if silence < 3 * PERIOD else f"silent for {silence:.0f} s" if at else "never heard of"
         return (
-            f"{why}: waited for process {missing} ({alive}; pid {pid} on {host}, last {place}), this one being "
+            f"{why}: waited for process {missing} ({alive}; pid {pid} on {host}, last seen {place}), this one being "
             f"{self.place}; start again, and the run continues from the last checkpoint"
         )
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from lightning_modules.method import Method
 from tessera import build, ranks, report
 from tessera.check import refuse
-from tessera.checkpoints import newest_valid, read, sha256, sweep_up
+from tessera.checkpoints import newest_valid, read, sha256, sweep_up, write_text
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held
 from tessera.stopping import STOP
@@ -100,7 +100,7 @@ def _all(words: list[str]) -> int:
         refuse(*compose(other))
     plan = prepare(words)
     before = time.time()
-    folder = carry_out(plan)
+    folder = carry_out(plan, plan.config.record)
     if ranks.rank() == 0 and (folder.path / "results.json").stat().st_mtime < before:
         print(f"{plan.name} on {plan.data.name} was done before, in {folder.path}; resume=never trains anew")
     rows = {f"{_label(plan.start)} (start)": plan.start} if plan.start else {}
@@ -149,13 +149,18 @@ def _digest(weights: Path) -> str:
     return " ".join(sha256(file) for file in files)
 
 
-def carry_out(plan: Plan) -> RunFolder:
-    """Run the plan in a folder of its own, or take up where an earlier attempt stopped, or read what it found."""
+def carry_out(plan: Plan, record: str | None = None) -> RunFolder:
+    """Run the plan in a folder of its own, or take up where an earlier attempt stopped, or read what it found.
+
+    `record` is a file that receives the folder's path before the run begins.
+    """
     first = ranks.rank() == 0
     resume = plan.config.resume
     with held(plan.parent, plan.identity) if first else nullcontext():
         folder = RunFolder(Path(ranks.agree(str(_folder(plan, resume)) if first else "")))
         ranks.wait()
+        if first and record:
+            write_text(Path(record), str(folder.path.resolve()))
         if folder.results:
             return folder
         try:

@@ -13,7 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from tessera.compose import CONF, compose
 
 # Words of the main run that are about its own method: a run that prepares or compares has its own
-OWN = ("model", "objective", "optimizer", "scheduler", "start", "compare", "stages", "ckpt_path", "policy_weights")
+OWN = (
+    *("model", "objective", "optimizer", "scheduler", "start", "compare", "stages", "ckpt_path", "policy_weights"),
+    "record",
+)
 PATHS = ("data.path", "data.trajectories", "ckpt_path", "policy_weights")
 
 

@@ -33,6 +33,7 @@ class RFT(SFT):
     def __init__(self, solutions: bool, **settings: Any) -> None:
         super().__init__(**settings)
         self.imitates_solutions = solutions
+
     packs: ClassVar[bool] = False
 
     def keep(self, trajectories: list[Trajectory]) -> list[Trajectory]:

@@ -47,6 +47,7 @@ def test_the_content_of_inputs_changes_the_fingerprint(name):
         ["logger=tensorboard"],
         ["debug=full"],
         ["resume=never"],
+        ["record=folder.txt"],
         ["compare=null"],
         ["trainer.timeout_minutes=1"],
         ["model=rft", "model=sft"],
