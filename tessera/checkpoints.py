@@ -7,7 +7,6 @@ A file is written beside its target, flushed to the disk and renamed; then its s
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,15 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from tessera import sharded
+
 MANIFEST = "manifest.json"
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
+    """Hexadecimal digest of a file's bytes, or of a folder's files."""
+    if path.is_dir():
+        return sharded.digest({file.name: sha256(file) for file in path.iterdir()})
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -54,20 +57,25 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        if path.is_dir():
+            sharded.remove(path)
         write_whole(path, lambda file: torch.save(checkpoint, file))
         entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": sha256(path)}
-        self._record(path.parent, {path.name: entry})
+        self.record(path.parent, {path.name: entry})
 
     def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
-        self._record(Path(path).parent, {})
+        sharded.remove(Path(path)) if Path(path).is_dir() else super().remove_checkpoint(path)
+        self.record(Path(path).parent, {})
 
-    def _record(self, folder: Path, new: dict[str, Any]) -> None:
+    def record(self, folder: Path, new: dict[str, Any]) -> None:
+        """Add entries to the folder's manifest, and drop those of checkpoints that are no longer there."""
         manifest = read_manifest(folder) | new
         manifest = {name: entry for name, entry in manifest.items() if (folder / name).exists()}
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read(Path(path))
         verify(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
@@ -110,29 +118,45 @@ class Newest(Checkpoint):
             trainer.strategy.remove_checkpoint(self.folder / name)
 
 
-def verify(path: Path) -> None:
-    """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
-    if not path.is_file():
+def recorded(path: Path) -> dict[Path, dict[str, Any]]:
+    """The files of a checkpoint with what the manifest recorded of each; empty for a checkpoint from elsewhere.
+
+    Raises ValueError where there is no such checkpoint.
+    """
+    if not path.exists():
         raise ValueError(f"{path} does not exist: there is no such checkpoint file")
     entry = read_manifest(path.parent).get(path.name)
     if entry is None:
-        return  # a file from elsewhere: nothing to compare with, and loading reads tensors only
+        return {}  # nothing to compare with, and loading reads tensors only
+    return {path / name: file for name, file in entry["files"].items()} if "files" in entry else {path: entry}
+
+
+def confirm(path: Path, entry: dict[str, Any]) -> None:
+    """Raise ValueError, in one sentence, where a file is not what was recorded of it."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is no such checkpoint file")
     if path.stat().st_size != entry["bytes"]:
         raise ValueError(f"{path} has {path.stat().st_size} bytes where {entry['bytes']} were written: it is truncated")
     if sha256(path) != entry["sha256"]:
         raise ValueError(f"{path} differs from what was written (SHA-256): it is damaged, take an earlier one")
 
 
+def verify(path: Path) -> None:
+    """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
+    for file, entry in recorded(path).items():
+        confirm(file, entry)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A verified checkpoint's tensors and plain values. Anything executable in it is refused unread."""
     verify(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = re.split(r"(?<=\w)\. |\n", str(error))[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values ({reason}): take one that a run here has written"
-        ) from error
+    return sharded.read(path) if path.is_dir() else sharded.load_file(path)
+
+
+def outline(path: Path) -> dict[str, Any]:
+    """A verified checkpoint; the sharded tensors of a folder have a shape and a dtype, but no numbers."""
+    verify(path)
+    return sharded.outline(path) if path.is_dir() else sharded.load_file(path)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:

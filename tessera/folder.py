@@ -24,7 +24,8 @@ from tessera.checkpoints import write_text
 # What changes where a run happens or how it is shown, but not what it computes
 COSMETIC = (
     *("logger", "output", "data.cache", "resume", "compare", "debug", "traceback"),
-    *("callbacks.checkpoint_every", "callbacks.keep", "trainer.enable_progress_bar", "trainer.timeout_minutes"),
+    *("callbacks.checkpoint_every", "callbacks.keep", "trainer.sharded_checkpoints"),
+    *("trainer.enable_progress_bar", "trainer.timeout_minutes"),
     *("start", "ckpt_path"),  # their content counts, among the inputs
 )
 PACKAGES = ("lightning_modules", "datamodules", "kernels")
