@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 JOB = ("model=dqo", "model.value_warmup=0.2", "trainer.max_steps=12", "trainer.val_check_interval=6")
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
+FOUR = ("trainer.accelerator=cpu", "trainer.devices=4", "trainer.replicas=2", "trainer.sharded_checkpoints=true")
 WAYS = {
     "ddp": ("trainer=ddp", *TWO),
     "fsdp": ("trainer=fsdp", *TWO),
+    "ddp_fsdp": ("trainer=ddp_fsdp", *FOUR),
     "accumulation": ("trainer.accumulate_grad_batches=2",),
 }
 

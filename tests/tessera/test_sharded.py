@@ -310,6 +310,7 @@ def trained(
         accelerator="cpu",
         devices=1,
         strategy=strategy,
+        use_distributed_sampler=False,
         callbacks=[Newest(folder, every=1, keep=keep, validated=0)],
         plugins=[VerifiedCheckpointIO()],
         **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
