@@ -57,8 +57,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
-        if path.is_dir():
-            sharded.remove(path)
+        sharded.remove(path)
         write_whole(path, lambda file: torch.save(checkpoint, file))
         entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": sha256(path)}
         self.record(path.parent, {path.name: entry})

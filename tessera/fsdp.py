@@ -57,9 +57,11 @@ class Sharding(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, complete or not at all. Raises OSError on every process where one cannot write."""
-        if not self.folders:
-            return super().save_checkpoint(checkpoint, filepath, storage_options)
         path, first = Path(self.broadcast(filepath)), self.global_rank == 0
+        if not self.folders:
+            if first:
+                self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options)
+            return
         beside = sharded.unfinished(path)
         together(lambda: sharded.prepare(path) if first else None)
         written = together(lambda: sharded.write_parts(checkpoint, beside, self.global_rank))
@@ -87,17 +89,21 @@ class Sharding(ModelParallelStrategy):
 
 
 def together(act: Callable[[], T]) -> list[T]:
-    """What `act` returns on every process. Raises on all of them the first error that one of them met."""
+    """What `act` returns on every process.
+
+    An error that one of them meets is raised on all, as ValueError where it was one and as OSError else: one process
+    that goes its own way would leave the others waiting.
+    """
+    result, failure = None, None
     try:
-        mine: Any = act()
-    except (OSError, ValueError) as error:
-        mine = error
+        result = act()
+    except Exception as error:
+        failure = (isinstance(error, ValueError), f"{error} (process {dist.get_rank()})")
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    for rank, result in enumerate(everyone):
-        if isinstance(result, Exception):
-            raise type(result)(f"{result} (process {rank})") from result
-    return everyone
+    dist.all_gather_object(everyone, (result, failure))
+    for refused, reason in (failure for _, failure in everyone if failure):
+        raise (ValueError if refused else OSError)(reason)
+    return [result for result, _ in everyone]
 
 
 def names_of(model: nn.Module) -> dict[nn.Parameter, str]:

@@ -108,10 +108,13 @@ class Digesting:
 
 
 def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
-    """Write one file through to the disk; its entry for the manifest, by name: bytes and sha256."""
+    """Write one file through to the disk; its entry for the manifest, by name: bytes and sha256. Raises OSError."""
     with path.open("xb") as file:
         digesting = Digesting(file)
-        write(digesting)
+        try:
+            write(digesting)
+        except RuntimeError as error:  # when the disk is full, torch's writer complains of a position in its archive
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
         file.flush()
         os.fsync(file.fileno())
     return {path.name: {"bytes": digesting.bytes, "sha256": digesting.digest.hexdigest()}}
@@ -166,11 +169,16 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def prepare(path: Path) -> None:
-    """An empty folder to write a checkpoint in. What was left by writers that were killed is deleted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(".*.ckpt.part"):
+def clear(folder: Path) -> None:
+    """Delete what was left of checkpoint folders when a process that wrote or deleted them was killed."""
+    for left in folder.glob(".*.ckpt.part"):
         shutil.rmtree(left)
+
+
+def prepare(path: Path) -> None:
+    """An empty folder to write a checkpoint in, and none of what was left by writers that were killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear(path.parent)
     unfinished(path).mkdir()
 
 
@@ -186,7 +194,10 @@ def complete(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint folder; one that is killed meanwhile leaves nothing under the checkpoint's name."""
+    """Delete a checkpoint folder, if it is one; when killed meanwhile, nothing is left under the checkpoint's name."""
+    clear(path.parent)
+    if not path.is_dir():
+        return
     path.rename(unfinished(path))
     shutil.rmtree(unfinished(path))
 

@@ -117,7 +117,7 @@ def test_other_processes_continue_with_the_same_losses(way, undisturbed, tmp_pat
     run = at_step(undisturbed, 4, tmp_path / "run")
     done = carried_out(*WAYS[way], f"resume={run}", f"output={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert f"continuing from {run}/checkpoints/step-000004.ckpt" in done.stdout
+    assert f"continuing from {run}/checkpoints/" in done.stdout
     assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-6)
     assert way != "two" or weights(run) == weights(undisturbed)
 
