@@ -131,18 +131,12 @@ def restore_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: dict[nn.Parameter, str]) -> None:
-    """Give each parameter its saved state: by name, or by its place where the file has no names.
+    """Give each parameter its saved state.
 
     State in the shape of its parameter is sharded as the parameter is; other state is the same on every process.
     Raises ValueError where the groups differ.
     """
-    groups = [{key: value for key, value in group.items() if key != "param_names"} for group in saved["param_groups"]]
-    for theirs, group, ours in zip(saved["param_groups"], groups, optimizer.param_groups):
-        named = dict(zip(theirs.get("param_names", map(names.get, ours["params"])), theirs["params"]))
-        unknown = [names[parameter] for parameter in ours["params"] if names[parameter] not in named]
-        if unknown:
-            raise ValueError(f"the checkpoint's optimizer has no group with {unknown[0]} in this place")
-        group["params"] = [named[names[parameter]] for parameter in ours["params"]]
+    groups = matched(saved["param_groups"], optimizer.param_groups, names)
     keys = chain.from_iterable(group["params"] for group in groups)
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     state = {
@@ -151,6 +145,29 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], n
         if key in saved["state"]
     }
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def matched(
+    saved: list[dict[str, Any]], ours: list[dict[str, Any]], names: dict[nn.Parameter, str]
+) -> list[dict[str, Any]]:
+    """The saved groups, with the keys of their parameters in our order: by name, or by place where there are no names.
+
+    Lightning takes a key for the place in the module, but in a file that one process wrote it is the place in the
+    groups. Raises ValueError where a group has other parameters.
+    """
+    if len(saved) != len(ours):
+        raise ValueError(
+            f"the checkpoint's optimizer has {len(saved)} groups of parameters, and here it has {len(ours)}"
+        )
+    groups = []
+    for theirs, group in zip(saved, ours):
+        wanted = [names[parameter] for parameter in group["params"]]
+        keys = dict(zip(theirs.get("param_names", wanted), theirs["params"]))
+        if sorted(keys) != sorted(wanted):
+            raise ValueError(f"the checkpoint's optimizer has other parameters in the group of {wanted[0]}")
+        options = {key: value for key, value in theirs.items() if key != "param_names"}
+        groups.append({**options, "params": [keys[name] for name in wanted]})
+    return groups
 
 
 def laid_out(value: Any, parameter: Tensor) -> Any:

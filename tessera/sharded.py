@@ -114,7 +114,9 @@ def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, dict[str, A
         try:
             write(digesting)
         except RuntimeError as error:  # when the disk is full, torch's writer complains of a position in its archive
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     return {path.name: {"bytes": digesting.bytes, "sha256": digesting.digest.hexdigest()}}

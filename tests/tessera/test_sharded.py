@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from tessera import sharded
 from tessera.checkpoints import Newest, VerifiedCheckpointIO, newest_valid, read, read_manifest, verify
-from tessera.fsdp import Sharding
+from tessera.fsdp import Sharding, names_of, restore_optimizer
 
 MESHES = [(1,), (2,), (4,), (3, 1), (2, 2), (2, 3)]
 SHAPES = [(5, 3), (4, 2), (1, 7), (6,), (3, 2, 2)]
@@ -386,6 +386,39 @@ def test_old_folders_are_removed(tmp_path):
     names = [path.name for path in sorted(tmp_path.glob("*")) if path.name != "store"]
     assert names == ["manifest.json", "step-000003.ckpt", "step-000004.ckpt"]
     assert sorted(read_manifest(tmp_path)) == names[1:]
+
+
+@pytest.mark.usefixtures("alone")
+def test_state_finds_its_parameter_by_name_when_the_order_has_changed(tmp_path):
+    trained(tmp_path, 2, Sharding(folders=True))
+    saved = read(tmp_path / "step-000002.ckpt")["optimizer_states"][0]
+    line = Line()
+    backwards = [list(reversed(group["params"])) for group in line.configure_optimizers().param_groups]
+    optimizer = torch.optim.AdamW([{"params": group} for group in backwards])
+    restore_optimizer(optimizer, saved, names_of(line))
+    first = saved["param_groups"][0]["params"][0]
+    assert equal(optimizer.state[line.first.weight], saved["state"][first])
+    assert [group["network"] for group in optimizer.param_groups] == ["policy", "policy"]
+    with pytest.raises(ValueError, match=r"other parameters in the group of second\.bias"):
+        restore_optimizer(torch.optim.AdamW([{"params": g} for g in reversed(backwards)]), saved, names_of(line))
+
+
+def test_a_full_disk_is_said_as_the_system_says_it(tmp_path, monkeypatch):
+    """torch's own error is `unexpected pos 704 vs 598`."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sharded.Digesting, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        sharded.write_file(tmp_path / "file", lambda file: torch.save({"a": torch.zeros(3)}, file))
+
+
+def test_what_a_killed_writer_left_is_cleared_also_before_a_file_is_written(folder):
+    for name in ("best.ckpt", "step-000006.ckpt"):
+        sharded.unfinished(folder.parent / name).mkdir()
+    VerifiedCheckpointIO().save_checkpoint({"global_step": 6}, folder.parent / "step-000006.ckpt")
+    assert sorted(f.name for f in folder.parent.iterdir()) == ["manifest.json", "step-000003.ckpt", "step-000006.ckpt"]
 
 
 @pytest.mark.usefixtures("alone")
