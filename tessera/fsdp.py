@@ -156,9 +156,7 @@ def matched(
     groups. Raises ValueError where a group has other parameters.
     """
     if len(saved) != len(ours):
-        raise ValueError(
-            f"the checkpoint's optimizer has {len(saved)} groups of parameters, and here it has {len(ours)}"
-        )
+        raise ValueError(f"the checkpoint's optimizer has {len(saved)} parameter groups, and here it has {len(ours)}")
     groups = []
     for theirs, group in zip(saved, ours):
         wanted = [names[parameter] for parameter in group["params"]]

@@ -25,6 +25,7 @@ from tessera.check import refuse
 from tessera.checkpoints import newest_valid, outline, sha256
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held
+from tessera.sharded import set_aside
 from tessera.words import Refusal, phase
 
 
@@ -206,7 +207,7 @@ def _newest(checkpoints: Path) -> Path | None:
     for other, reason in broken.items():
         print(f"warning: passed over: {reason}", file=sys.stderr)
         if other.exists():
-            other.rename(other.with_suffix(".broken"))
+            set_aside(other)
     if path:
         print(f"continuing from {path}", flush=True)
     return path

@@ -204,6 +204,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(unfinished(path))
 
 
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, file or folder, to `.broken`; an earlier one of that name makes way."""
+    aside = path.with_suffix(".broken")
+    remove(aside)
+    aside.unlink(missing_ok=True)
+    path.rename(aside)
+
+
 def sync(folder: Path) -> None:
     """Have the names in a folder on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -183,6 +183,18 @@ def test_a_removed_folder_is_gone_and_no_longer_recorded(folder):
     assert read_manifest(folder.parent) == {}
 
 
+def test_a_broken_checkpoint_makes_way_for_the_next_broken_one(tmp_path):
+    path = tmp_path / "step-000003.ckpt"
+    for step, kind in enumerate(["folder", "folder", "file", "file", "folder"]):
+        if kind == "folder":
+            written(path, (1,), step=step)
+        else:
+            VerifiedCheckpointIO().save_checkpoint({"global_step": step}, path)
+        sharded.set_aside(path)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "step-000003.broken"]
+        assert read(tmp_path / "step-000003.broken")["global_step"] == step
+
+
 # ---- damage
 
 
