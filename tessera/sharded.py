@@ -173,8 +173,9 @@ def unfinished(path: Path) -> Path:
 
 def clear(folder: Path) -> None:
     """Delete what was left of checkpoint folders when a process that wrote or deleted them was killed."""
-    for left in folder.glob(".*.ckpt.part"):
-        shutil.rmtree(left)
+    for left in folder.glob(".*.part"):
+        if left.is_dir():
+            shutil.rmtree(left)
 
 
 def prepare(path: Path) -> None:
@@ -186,7 +187,7 @@ def prepare(path: Path) -> None:
 
 def complete(path: Path) -> None:
     """Give a written checkpoint its name; what had the name before is deleted afterwards."""
-    old = path.with_name(f".{path.name}.old.ckpt.part")
+    old = path.with_name(f".{path.name}.old.part")
     if path.exists():
         old.mkdir()
         path.rename(old / path.name)

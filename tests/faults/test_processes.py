@@ -51,7 +51,9 @@ def alone(trajectories, tmp_path_factory) -> Path:
     return carried_out(tmp_path_factory.mktemp("alone"), *JOB, trajectories)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=pytest.mark.slow) if way == "ddp_fsdp" else way for way in WAYS]
+)
 def other(request, trajectories, tmp_path_factory) -> Path:
     """The same job another way."""
     return carried_out(tmp_path_factory.mktemp(request.param), *JOB, trajectories, *WAYS[request.param])
