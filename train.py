@@ -2,7 +2,6 @@
 
 import os
 import sys
-import time
 import traceback
 from typing import NoReturn
 
@@ -17,7 +16,6 @@ from tessera.words import help_text, problems
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FLAGS_WITH_VALUE = ("--cfg", "-c", "--package", "-p", "--config-path", "--config-name", "--config-dir", "--info", "-i")
-INTERRUPTED = "\ninterrupted: the same command continues from the last checkpoint and the answers sampled so far"
 
 
 def command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -40,7 +38,11 @@ def job(config: DictConfig) -> None:
 
         refuse(config, choices)
         devices = devices_to_start(config)
-        status = ranks.launch(words, devices) if devices > 1 else main(words)
+        status = ranks.launch(words, devices, config.trainer) if devices > 1 else main(words)
+    except SystemExit as stopped:
+        from tessera.stopping import last_words
+
+        status = last_words(stopped)
     except Exception as error:
         status = report(error, config.traceback)
     if status:
@@ -52,12 +54,9 @@ def report(error: Exception, whole: bool) -> int:
     from tessera import ranks
     from tessera.run import sentences
 
-    if ranks.rank():
-        time.sleep(1)  # what all processes stumble over, the first one says; then this one is no longer there
     if whole:
         traceback.print_exception(error)
-    for sentence in sentences(error):
-        print(f"error: {sentence}", file=sys.stderr)
+    ranks.report(sentences(error), ranks.follows(error))
     return 1
 
 
@@ -69,7 +68,7 @@ def leave(status: int) -> NoReturn:
 
 
 def main() -> None:
-    """Exit with status 0, with 1 when something was wrong, with 130 after Ctrl-C."""
+    """Exit with status 0, with 1 when something was wrong, with 130 after Ctrl-C, with 143 after SIGTERM."""
     words, flags = command_line(sys.argv[1:])
     if {"--help", "-h"} & set(flags):
         print(help_text())
@@ -81,9 +80,7 @@ def main() -> None:
         if found:
             leave(1)
         job()
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print(INTERRUPTED, file=sys.stderr)
+    except KeyboardInterrupt:  # before anything was begun
         leave(130)
 
 

@@ -1,14 +1,12 @@
 """Method: the one base class of everything that trains here."""
 
 import math
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -34,7 +32,6 @@ class Method(L.LightningModule):
         self.standin = False  # whether the data is generated in the place of the real one
         self._clock: tuple[float, int] | None = None
         self._step_sum: Tensor | None = None
-        self._restored_rng: dict[str, Any] | None = None
 
     # What a subclass may say about itself
 
@@ -159,27 +156,3 @@ class Method(L.LightningModule):
 
     def on_validation_start(self) -> None:
         self._clock = None
-
-    # Exact resumption: the random states are part of the run
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kind, keys, position, has_gauss, gauss = np.random.get_state()
-        checkpoint["rng"] = {
-            "python": random.getstate(),
-            "numpy": (kind, keys.tolist(), position, has_gauss, gauss),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._restored_rng = checkpoint.get("rng")
-
-    def on_train_start(self) -> None:
-        if self._restored_rng is None:
-            return
-        random.setstate(self._restored_rng["python"])
-        np.random.set_state(self._restored_rng["numpy"])
-        torch.set_rng_state(self._restored_rng["torch"].cpu())
-        if self._restored_rng["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([state.cpu() for state in self._restored_rng["cuda"]])
-        self._restored_rng = None

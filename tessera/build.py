@@ -13,16 +13,19 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.method import Method
 from tessera.check import SHARDED, replicas
-from tessera.checkpoints import Newest, VerifiedCheckpointIO
+from tessera.checkpoints import VerifiedCheckpointIO
 from tessera.fsdp import Sharding
 from tessera.metrics_csv import MetricsCSV
 from tessera.progress import progress_bar
 from tessera.report import Figures
+from tessera.saving import Newest
+from tessera.stopping import STOP
 
 
 def strategy(settings: DictConfig) -> Strategy | str:
@@ -49,7 +52,7 @@ def callbacks(settings: DictConfig, validated: int, monitor: str, mode: str, fol
         mode=mode,
         enable_version_counter=False,
     )
-    newest = Newest(checkpoints, settings.checkpoint_every, settings.keep, validated)
+    newest = Newest(checkpoints, settings.checkpoint_every, validated, STOP)
     return [*stop, *([best] if validated else []), newest]
 
 
@@ -104,13 +107,14 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
     validated = settings.pop("val_check_interval")
     every = validated * settings["accumulate_grad_batches"]
     settings["strategy"] = strategy(config.trainer)
-    for ours in ("timeout_minutes", "sharded_checkpoints", "replicas"):
-        settings.pop(ours, None)
+    # the launcher's, and the strategy's
+    for key in ("grace_minutes", "restarts", "timeout_minutes", "sharded_checkpoints", "replicas"):
+        settings.pop(key, None)
     if world > 1:  # started by torchrun, or as by torchrun: what it started is what there is
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         settings |= {"devices": local, "num_nodes": world // local}
     monitor, mode = method.headline
-    return instantiate(
+    made: L.Trainer = instantiate(
         {"_target_": settings.pop("_target_")},
         **settings,
         # counted in optimizer steps here and in micro-batches by Lightning
@@ -124,9 +128,16 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
             Figures(folder),
             progress_bar(name),
         ],
-        plugins=[VerifiedCheckpointIO()],
+        plugins=[
+            VerifiedCheckpointIO(config.callbacks.keep),
+            # also inside of a SLURM job, whose variables Lightning would otherwise take for its own launch
+            TorchElasticEnvironment() if world > 1 else LightningEnvironment(),
+        ],
         use_distributed_sampler=False,
         inference_mode=config.trainer.strategy not in SHARDED,  # sharded parameters cannot be inference tensors
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    # the signals are ours: Lightning's handlers call a collective where they interrupt, and save nothing
+    made._signal_connector.register_signal_handlers = lambda: None
+    return made

@@ -4,6 +4,7 @@ A file is written beside its target, flushed to the disk and renamed; then its s
 `manifest.json` of the folder. What the manifest does not confirm does not exist.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tessera import sharded
+from tessera.hashing import Hashing
 
 MANIFEST = "manifest.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+BESIDE = ".part"  # ending of a file that is being written
 
 
 def sha256(path: Path) -> str:
@@ -30,15 +33,25 @@ def sha256(path: Path) -> str:
 def write_whole(path: Path, write: Any) -> None:
     """Call `write(file)` on a file beside `path`, sync it and rename it: readers see the old bytes or all the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}{BESIDE}")
     try:
         with beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+        _sync_folder(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut as well."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,22 +65,46 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def sweep_up(folder: Path) -> None:
+    """Remove what killed processes were writing; to be called by who holds the run."""
+    sharded.clear(folder)
+    for beside in folder.glob(f".*{BESIDE}"):
+        beside.unlink(missing_ok=True)
+
+
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole and recorded with their digest."""
+    """Lightning's checkpoint files, written whole and recorded with their digest.
+
+    Of the checkpoints `step-*` only the `keep` with the most steps stay.
+    """
+
+    def __init__(self, keep: int | None = None) -> None:
+        super().__init__()
+        self.keep = keep
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         sharded.remove(path)
-        write_whole(path, lambda file: torch.save(checkpoint, file))
-        entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": sha256(path)}
-        self.record(path.parent, {path.name: entry})
+        digest = _written(checkpoint, path)
+        self.enter(path, {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": digest})
+
+    def enter(self, path: Path, entry: dict[str, Any]) -> None:
+        """Record a checkpoint that was written, and remove those that it makes old."""
+        self._record(path.parent, {path.name: entry})
+        if self.keep:
+            self._prune(path.parent, self.keep)
 
     def remove_checkpoint(self, path: Any) -> None:
         sharded.remove(Path(path)) if Path(path).is_dir() else super().remove_checkpoint(path)
-        self.record(Path(path).parent, {})
+        self._record(Path(path).parent, {})
 
-    def record(self, folder: Path, new: dict[str, Any]) -> None:
-        """Add entries to the folder's manifest, and drop those of checkpoints that are no longer there."""
+    def _prune(self, folder: Path, keep: int) -> None:
+        entries = read_manifest(folder).items()
+        steps = sorted((entry["step"], name) for name, entry in entries if name.startswith("step-"))
+        for _, name in steps[:-keep]:
+            self.remove_checkpoint(folder / name)
+
+    def _record(self, folder: Path, new: dict[str, Any]) -> None:
         manifest = read_manifest(folder) | new
         manifest = {name: entry for name, entry in manifest.items() if (folder / name).exists()}
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
@@ -79,42 +116,39 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
 
-class Newest(Checkpoint):
-    """The checkpoints of the last `keep` multiples of `every` optimizer steps, as `step-<step>.ckpt`.
+def _written(checkpoint: dict[str, Any], path: Path) -> str:
+    """Write a checkpoint whole and return its digest."""
+    made: list[Hashing] = []
 
-    A step that is validated, every `validated` steps, is saved after its validation: resumed from an earlier state of
-    that step, Lightning would leave the validation out. (Its own ModelCheckpoint saves before the validation and, at
-    the last batch of an epoch, waits for a validation that may not come.)
-    """
+    def write(file: Any) -> None:
+        made.append(Hashing(file))
+        torch.save(checkpoint, made[0])
 
-    def __init__(self, folder: Path, every: int, keep: int, validated: int) -> None:
-        self.folder, self.every, self.keep, self.validated = folder, every, keep, validated
-        self._saved = 0
+    try:
+        write_whole(path, write)
+    except (OSError, RuntimeError) as error:
+        # torch.save may report a failed write as an error of its archive
+        if getattr(made[0].failed, "errno", None) in FULL:
+            raise OSError(_no_room(checkpoint, path)) from error
+        raise
+    return made[0].hexdigest()
 
-    def on_train_start(self, trainer, pl_module) -> None:
-        self._saved = trainer.global_step
 
-    def on_train_batch_end(self, trainer, pl_module, *batch: Any) -> None:
-        if self._due(trainer) and (not self.validated or trainer.global_step % self.validated):
-            # Lightning logs the step only now, and a kill in between must not lose its row
-            trainer._logger_connector.update_train_step_metrics()
-            self._save(trainer)
+def _no_room(checkpoint: dict[str, Any], path: Path) -> str:
+    disk = os.statvfs(path.parent)
+    free, needed = disk.f_bavail * disk.f_frsize, _size(checkpoint)
+    return (
+        f"{path} could not be written: it needs {needed:,} bytes, and {free:,} are free there; make room and start the "
+        "same command again: earlier checkpoints are intact"
+    )
 
-    def on_validation_end(self, trainer, pl_module) -> None:
-        if trainer.state.fn == "fit" and self._due(trainer):
-            self._save(trainer)
 
-    def _due(self, trainer) -> bool:
-        """Whether this completes a step to be saved: under accumulation, a step is seen at several micro-batches."""
-        return trainer.global_step != self._saved and trainer.global_step % self.every == 0
-
-    def _save(self, trainer) -> None:
-        self._saved = trainer.global_step
-        trainer.save_checkpoint(self.folder / f"step-{self._saved:06d}.ckpt")
-        entries = read_manifest(self.folder).items()
-        steps = sorted((entry["step"], name) for name, entry in entries if name.startswith("step-"))
-        for _, name in steps[: -self.keep]:
-            trainer.strategy.remove_checkpoint(self.folder / name)
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_size(part) for part in parts)
 
 
 def recorded(path: Path) -> dict[Path, dict[str, Any]]:

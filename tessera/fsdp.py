@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from tessera import sharded
+from tessera import ranks, sharded
 from tessera.checkpoints import confirm, recorded
 
 T = TypeVar("T")
@@ -68,7 +67,7 @@ class Sharding(ModelParallelStrategy):
         if first:
             entry = {"step": checkpoint["global_step"], **sharded.write_index(beside, written)}
             sharded.complete(path)
-            self.checkpoint_io.record(path.parent, {path.name: entry})
+            self.checkpoint_io.enter(path, entry)
         self.barrier()
 
     # Loading
@@ -98,9 +97,8 @@ def together(act: Callable[[], T]) -> list[T]:
     try:
         result = act()
     except Exception as error:
-        failure = (isinstance(error, ValueError), f"{error} (process {dist.get_rank()})")
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (result, failure))
+        failure = (isinstance(error, ValueError), f"{error} (process {ranks.rank()})")
+    everyone = ranks.gather((result, failure))
     for refused, reason in (failure for _, failure in everyone if failure):
         raise (ValueError if refused else OSError)(reason)
     return [result for result, _ in everyone]

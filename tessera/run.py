@@ -16,16 +16,16 @@ import torch
 import transformers
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.trainer.states import TrainerStatus
 from omegaconf import DictConfig
 
 from lightning_modules.method import Method
 from tessera import build, ranks, report
 from tessera.check import refuse
-from tessera.checkpoints import newest_valid, outline, sha256
+from tessera.checkpoints import newest_valid, outline, sha256, sweep_up
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held
 from tessera.sharded import set_aside
+from tessera.stopping import STOP
 from tessera.words import Refusal, phase
 
 
@@ -88,8 +88,14 @@ def quiet() -> None:
 def main(words: list[str]) -> int:
     """Run what the words ask for, then the runs it is compared with, and print the table."""
     quiet()
-    ranks.join()
-    compared = compose(words)[0].compare or {}
+    with STOP.listening():
+        return _all(words)
+
+
+def _all(words: list[str]) -> int:
+    config = compose(words)[0]
+    ranks.join(config.trainer.timeout_minutes)
+    compared = config.compare or {}
     others = {label: phase(list(other), words) for label, other in compared.items()}
     for other in others.values():
         refuse(*compose(other))
@@ -203,6 +209,7 @@ def _checkpoint(config: DictConfig, folder: RunFolder, method: Method) -> Path |
 
 
 def _newest(checkpoints: Path) -> Path | None:
+    sweep_up(checkpoints)
     path, broken = newest_valid(checkpoints)
     for other, reason in broken.items():
         print(f"warning: passed over: {reason}", file=sys.stderr)
@@ -237,10 +244,7 @@ def _stage(
         return {}
     fitted = trainer.state.fn == "fit"
     path = None if fitted or checkpoint is None else str(checkpoint)
-    try:
-        getattr(trainer, stage)(method, datamodule=data, ckpt_path=path, weights_only=True, **_quiet(stage))
-    finally:
-        _unless_interrupted(trainer)
+    getattr(trainer, stage)(method, datamodule=data, ckpt_path=path, weights_only=True, **_quiet(stage))
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
@@ -251,10 +255,7 @@ def _quiet(stage: str) -> dict[str, Any]:
 def _fit(trainer: L.Trainer, method: Method, data: Any, checkpoint: Path | None, folder: Path) -> None:
     step = outline(checkpoint)["global_step"] if checkpoint else 0
     trainer.logger.rewind(step)
-    try:
-        trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
-    finally:
-        _unless_interrupted(trainer)
+    trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     # where an earlier attempt ended here, Lightning has restored one step less for its loggers
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
     final = folder / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
@@ -263,16 +264,12 @@ def _fit(trainer: L.Trainer, method: Method, data: Any, checkpoint: Path | None,
     method.export(folder / "export")
 
 
-def _unless_interrupted(trainer: L.Trainer) -> None:
-    """Ctrl-C stays Ctrl-C: Lightning turns it into exit status 1."""
-    if trainer.state.status == TrainerStatus.INTERRUPTED and not isinstance(sys.exc_info()[1], Exception):
-        raise KeyboardInterrupt
-
-
 def sentences(error: Exception) -> list[str]:
     """What went wrong, for a person: the innermost cause, and for errors that are not ours where it happened."""
     if isinstance(error, Refusal):
         return error.reasons
+    if lost := ranks.lost(error):
+        return [lost]
     key = None
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         found = re.search(r"full_key: (\S+)", str(error))

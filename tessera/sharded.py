@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from tessera.hashing import Hashing
+
 REST, INDEX = "rest.pt", "index.json"
 
 
@@ -91,35 +93,17 @@ def sharded_tensors(checkpoint: dict[str, Any]) -> dict[str, DTensor]:
 # ---- writing
 
 
-class Digesting:
-    """A file that knows the SHA-256 of what was written to it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.digest, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, content: Any) -> int:
-        self.digest.update(content)
-        self.bytes += len(content)
-        return self.file.write(content)
-
-    def flush(self) -> None:
-        """Hand what was written to the operating system."""
-        self.file.flush()
-
-
 def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
     """Write one file through to the disk; its entry for the manifest, by name: bytes and sha256. Raises OSError."""
     with path.open("xb") as file:
-        digesting = Digesting(file)
+        hashing = Hashing(file)
         try:
-            write(digesting)
-        except RuntimeError as error:  # when the disk is full, torch's writer complains of a position in its archive
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
+            write(hashing)
+        except RuntimeError as error:  # torch.save may report a failed write as an error of its archive
+            raise hashing.failed or error from None
         file.flush()
         os.fsync(file.fileno())
-    return {path.name: {"bytes": digesting.bytes, "sha256": digesting.digest.hexdigest()}}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": hashing.hexdigest()}}
 
 
 def write_parts(checkpoint: dict[str, Any], folder: Path, rank: int) -> Written:

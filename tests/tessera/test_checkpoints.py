@@ -6,12 +6,19 @@ import re
 import subprocess
 import sys
 
-import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from tessera.checkpoints import Newest, VerifiedCheckpointIO, newest_valid, read, read_manifest, verify, write_whole
+from tessera.checkpoints import (
+    VerifiedCheckpointIO,
+    newest_valid,
+    read,
+    read_manifest,
+    sha256,
+    sweep_up,
+    verify,
+    write_whole,
+)
 
 KILLED_IN_THE_MIDDLE = """
 import os, sys, signal
@@ -141,59 +148,7 @@ def test_a_damaged_checkpoint_is_not_loaded(tmp_path):
         VerifiedCheckpointIO().load_checkpoint(tmp_path / "step-000001.ckpt")
 
 
-# ---- when
-
-
-class Line(L.LightningModule):
-    """The smallest module that trains; it notes what has been saved when it is validated."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.weight, self.folder, self.seen = torch.nn.Parameter(torch.zeros(1)), folder, []
-
-    def training_step(self, batch, batch_idx):
-        return (self.weight - batch).square().mean()
-
-    def validation_step(self, batch, batch_idx):
-        self.seen.append((self.global_step, sorted(entry["step"] for entry in read_manifest(self.folder).values())))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def trained(folder, accumulate: int = 1, **newest) -> Line:
-    """Twelve steps in epochs of four, validated at every sixth."""
-    line = Line(folder)
-    trainer = L.Trainer(
-        max_steps=12,
-        accumulate_grad_batches=accumulate,
-        val_check_interval=6 * accumulate,
-        check_val_every_n_epoch=None,
-        callbacks=[Newest(folder, validated=6, **newest)],
-        plugins=[VerifiedCheckpointIO()],
-        accelerator="cpu",
-        logger=False,
-        num_sanity_val_steps=0,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(line, DataLoader(torch.ones(4 * accumulate)), DataLoader(torch.ones(1)))
-    return line
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_newest_checkpoints_are_kept_also_at_the_end_of_an_epoch(accumulate, tmp_path):
-    trained(tmp_path, accumulate, every=2, keep=100)
-    assert sorted(entry["step"] for entry in read_manifest(tmp_path).values()) == [2, 4, 6, 8, 10, 12]
-    trained(tmp_path / "two", accumulate, every=2, keep=2)
-    files = [path.name for path in sorted((tmp_path / "two").glob("*"))]
-    assert files == ["manifest.json", "step-000010.ckpt", "step-000012.ckpt"]
-    assert sorted(read_manifest(tmp_path / "two")) == files[1:]
-
-
-def test_a_validated_step_is_saved_after_its_validation(tmp_path):
-    line = trained(tmp_path, every=3, keep=100)
-    assert line.seen == [(6, [3]), (12, [3, 6, 9])]
+# ---- the manifest
 
 
 def test_a_manifest_is_never_half_written(tmp_path, monkeypatch):
@@ -204,4 +159,47 @@ def test_a_manifest_is_never_half_written(tmp_path, monkeypatch):
         saved(tmp_path, 2)
     assert (tmp_path / "manifest.json").read_text() == before
     assert json.loads(before)
+    assert newest_valid(tmp_path)[0] == tmp_path / "step-000001.ckpt"
+
+
+def test_a_checkpoint_is_recorded_with_the_digest_of_what_is_on_the_disk(tmp_path):
+    saved(tmp_path, 3)
+    path = tmp_path / "step-000003.ckpt"
+    assert read_manifest(tmp_path)[path.name] == {"step": 3, "bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def test_old_steps_are_removed_by_their_number_and_never_by_their_date(tmp_path):
+    saved(tmp_path, 9, 6)
+    os.utime(tmp_path / "step-000009.ckpt", (0, 0))
+    checkpoint = {"global_step": 12, "state_dict": {}}
+    VerifiedCheckpointIO(keep=2).save_checkpoint(checkpoint, tmp_path / "step-000012.ckpt")
+    assert sorted(read_manifest(tmp_path)) == ["step-000009.ckpt", "step-000012.ckpt"]
+    assert newest_valid(tmp_path)[0] == tmp_path / "step-000012.ckpt"
+
+
+def test_what_a_killed_process_was_writing_is_swept_up(tmp_path):
+    saved(tmp_path, 1)
+    subprocess.run([sys.executable, "-c", KILLED_IN_THE_MIDDLE, str(tmp_path / "step-000002.ckpt")], check=False)
+    assert len(list(tmp_path.glob(".*.part"))) == 1
+    sweep_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-000001.ckpt"]
+
+
+def test_a_full_disk_is_said_with_both_sizes_and_leaves_the_older_checkpoint(tmp_path):
+    saved(tmp_path, 1)
+    script = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from tessera.checkpoints import VerifiedCheckpointIO\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "checkpoint = {'global_step': 2, 'state_dict': {'weight': torch.zeros(100_000)}}\n"
+        "VerifiedCheckpointIO().save_checkpoint(checkpoint, Path(sys.argv[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "b.ckpt")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(
+        r"OSError: .*/b.ckpt could not be written: it needs 400,000 bytes, and [\d,]+ are free", done.stderr
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "step-000001.ckpt"]
     assert newest_valid(tmp_path)[0] == tmp_path / "step-000001.ckpt"

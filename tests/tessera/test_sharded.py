@@ -19,8 +19,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 
 from tessera import sharded
-from tessera.checkpoints import Newest, VerifiedCheckpointIO, newest_valid, read, read_manifest, verify
+from tessera.build import LightningEnvironment
+from tessera.checkpoints import VerifiedCheckpointIO, newest_valid, read, read_manifest, verify
 from tessera.fsdp import Sharding, names_of, restore_optimizer
+from tessera.hashing import Hashing
+from tessera.saving import Newest
+from tessera.stopping import Stop
 
 MESHES = [(1,), (2,), (4,), (3, 1), (2, 2), (2, 3)]
 SHAPES = [(5, 3), (4, 2), (1, 7), (6,), (3, 2, 2)]
@@ -76,7 +80,7 @@ def written(path: Path, sizes: tuple[int, ...], step: int = 3) -> Path:
             parts.append(sharded.write_parts(checkpoint, sharded.unfinished(path), rank))
     entry = {"step": step, **sharded.write_index(sharded.unfinished(path), parts)}
     sharded.complete(path)
-    VerifiedCheckpointIO().record(path.parent, {path.name: entry})
+    VerifiedCheckpointIO().enter(path, entry)
     return path
 
 
@@ -323,8 +327,8 @@ def trained(
         devices=1,
         strategy=strategy,
         use_distributed_sampler=False,
-        callbacks=[Newest(folder, every=1, keep=keep, validated=0)],
-        plugins=[VerifiedCheckpointIO()],
+        callbacks=[Newest(folder, 1, 0, Stop())],
+        plugins=[VerifiedCheckpointIO(keep), LightningEnvironment()],
         **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
     )
     data = DataLoader(torch.arange(32.0).view(8, 4) / 32, batch_size=2)
@@ -418,10 +422,11 @@ def test_state_finds_its_parameter_by_name_when_the_order_has_changed(tmp_path):
 def test_a_full_disk_is_said_as_the_system_says_it(tmp_path, monkeypatch):
     """torch's own error is `unexpected pos 704 vs 598`."""
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(hashing, _):
+        hashing.failed = OSError(28, "No space left on device")
+        raise hashing.failed
 
-    monkeypatch.setattr(sharded.Digesting, "write", full)
+    monkeypatch.setattr(Hashing, "write", full)
     with pytest.raises(OSError, match="No space left on device"):
         sharded.write_file(tmp_path / "file", lambda file: torch.save({"a": torch.zeros(3)}, file))
 
