@@ -138,7 +138,7 @@ class Method(L.LightningModule):
         if not units:
             raise ValueError(f"{type(self).__name__} names no shard_units: run it with trainer=ddp")
         for unit in units:
-            fully_shard(unit, mesh=mesh["data_parallel"])
+            fully_shard(unit, mesh=mesh)
 
     # Throughput
 

@@ -14,11 +14,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_modules.method import Method
+from tessera.check import SHARDED, replicas
 from tessera.checkpoints import VerifiedCheckpointIO
+from tessera.fsdp import Sharding
 from tessera.metrics_csv import MetricsCSV
 from tessera.progress import progress_bar
 from tessera.report import Figures
@@ -26,18 +28,14 @@ from tessera.saving import Newest
 from tessera.stopping import STOP
 
 
-def strategy(name: str, world: int, minutes: float) -> Strategy | str:
-    """Lightning's strategy for `trainer.strategy`; FSDP2 shards over all processes.
-
-    Lightning's own "auto" sizes put every process of one node on tensor parallelism, which shards nothing here.
-    """
-    timeout = timedelta(minutes=minutes)
-    if name == "ddp":
+def strategy(settings: DictConfig) -> Strategy | str:
+    """Lightning's strategy for `trainer.strategy`."""
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    if settings.strategy == "ddp":
         return DDPStrategy(timeout=timeout)
-    if name == "fsdp":
-        sizes = {"data_parallel_size": world, "tensor_parallel_size": 1}
-        return ModelParallelStrategy(**sizes, save_distributed_checkpoint=False, timeout=timeout)
-    return name
+    if settings.strategy in SHARDED:
+        return Sharding(replicas(settings), settings.sharded_checkpoints, timeout)
+    return settings.strategy
 
 
 def callbacks(settings: DictConfig, validated: int, monitor: str, mode: str, folder: Path) -> list[Callback]:
@@ -108,10 +106,10 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
     settings: dict[str, Any] = dict(config.trainer)
     validated = settings.pop("val_check_interval")
     every = validated * settings["accumulate_grad_batches"]
-    minutes = settings.pop("timeout_minutes")
-    for key in ("grace_minutes", "restarts"):  # the launcher's
-        settings.pop(key)
-    settings["strategy"] = strategy(settings["strategy"], world, minutes)
+    settings["strategy"] = strategy(config.trainer)
+    # the launcher's, and the strategy's
+    for key in ("grace_minutes", "restarts", "timeout_minutes", "sharded_checkpoints", "replicas"):
+        settings.pop(key, None)
     if world > 1:  # started by torchrun, or as by torchrun: what it started is what there is
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         settings |= {"devices": local, "num_nodes": world // local}
@@ -136,7 +134,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
             TorchElasticEnvironment() if world > 1 else LightningEnvironment(),
         ],
         use_distributed_sampler=False,
-        inference_mode=config.trainer.strategy != "fsdp",  # sharded parameters cannot be inference tensors
+        inference_mode=config.trainer.strategy not in SHARDED,  # sharded parameters cannot be inference tensors
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )

@@ -11,6 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 from tessera import ranks
 from tessera.words import Refusal
 
+SHARDED = ("fsdp", "ddp_fsdp")
+STRATEGIES = ("auto", "ddp", *SHARDED)
 STAGES = ("fit", "validate", "test", "predict")
 POSITIVE = (
     *("data.batch_size", "data.pad_to_multiple", "data.limit", "data.max_prompt", "data.max_response"),
@@ -35,6 +37,12 @@ def devices(settings: DictConfig) -> int:
     return int(asked)
 
 
+def replicas(settings: DictConfig) -> int:
+    """Groups of processes that each hold all of a sharded model: 1 unless hybrid sharding asks for more."""
+    nodes = max(settings.num_nodes, ranks.world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size())))
+    return (settings.get("replicas") or max(nodes, 2)) if settings.strategy == "ddp_fsdp" else 1
+
+
 def devices_to_start(config: DictConfig) -> int:
     """Processes that this one has to start: 1 when torchrun started it, or when one is all that is asked for."""
     return 1 if "LOCAL_RANK" in os.environ else devices(config.trainer)
@@ -47,7 +55,13 @@ def batch_types(data: DictConfig) -> dict[str, Any]:
 
 def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
     """One sentence for everything that does not fit, with the word to change."""
-    checks = (*_batches(config, choices), *_way(config), *_machine(config.trainer), *_sizes(config))
+    checks = (
+        *_batches(config, choices),
+        *_way(config),
+        *_machine(config.trainer),
+        *_sharding(config.trainer),
+        *_sizes(config),
+    )
     return [reason for reason in checks if reason]
 
 
@@ -88,14 +102,26 @@ def _machine(settings: DictConfig) -> list[str | None]:
         f"trainer.devices={asked}: there are {there} devices here" if asked > there else None,
         f"trainer.precision={settings.precision}: float16 needs a GPU; bf16-mixed or 32-true run on a CPU"
         if on_cpu and str(settings.precision).startswith("16") else None,
-        f"trainer.strategy={settings.strategy}: there are auto, ddp and fsdp"
-        if settings.strategy not in ("auto", "ddp", "fsdp") else None,
+        f"trainer.strategy={settings.strategy}: there are {', '.join(STRATEGIES)}"
+        if settings.strategy not in STRATEGIES else None,
         f"trainer.strategy=fsdp shards over several processes, and trainer.devices={asked}: take trainer=cpu or more"
         if settings.strategy == "fsdp" and max(asked, world) < 2 else None,
         f"trainer.strategy=auto with {max(asked, world)} processes: take trainer=ddp or trainer=fsdp"
         if settings.strategy == "auto" and max(asked, world) > 1 else None,
         "trainer.max_steps and trainer.max_epochs are both unlimited: give one of them"
         if settings.max_steps < 0 and settings.max_epochs < 0 else None,
+    ]  # fmt: skip
+
+
+def _sharding(settings: DictConfig) -> list[str | None]:
+    processes, groups = max(devices(settings), ranks.world_size()), replicas(settings)
+    return [
+        f"trainer.replicas={groups} does not divide the {processes} processes into groups of equal size: take a "
+        "divisor, or other trainer.devices"
+        if groups < 1 or processes % groups else None,
+        f"trainer.sharded_checkpoints=true with trainer.strategy={settings.strategy}: there is nothing sharded to "
+        "write, take trainer=fsdp or trainer=ddp_fsdp"
+        if settings.sharded_checkpoints and settings.strategy not in SHARDED else None,
     ]  # fmt: skip
 
 

@@ -8,14 +8,14 @@ import errno
 import hashlib
 import json
 import os
-import re
-import threading
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+
+from tessera import sharded
+from tessera.hashing import Hashing
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -23,41 +23,11 @@ BESIDE = ".part"  # ending of a file that is being written
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
+    """Hexadecimal digest of a file's bytes, or of a folder's files."""
+    if path.is_dir():
+        return sharded.digest({file.name: sha256(file) for file in path.iterdir()})
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Hashing:
-    """A file for writing whose SHA-256 is computed meanwhile by a second thread: hashing costs the writer no time."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self._digest, self._queue = file, hashlib.sha256(), SimpleQueue()
-        self.failed: OSError | None = None
-        self._thread = threading.Thread(target=self._hash, daemon=True)
-        self._thread.start()
-
-    def write(self, data: Any) -> int:
-        content = bytes(data)
-        self._queue.put(content)
-        try:
-            return self.file.write(content)
-        except OSError as error:
-            self.failed = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-    def hexdigest(self) -> str:
-        """The digest of all that was written; nothing can be written after it."""
-        self._queue.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-    def _hash(self) -> None:
-        while (content := self._queue.get()) is not None:
-            self._digest.update(content)
 
 
 def write_whole(path: Path, write: Any) -> None:
@@ -97,6 +67,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 def sweep_up(folder: Path) -> None:
     """Remove what killed processes were writing; to be called by who holds the run."""
+    sharded.clear(folder)
     for beside in folder.glob(f".*{BESIDE}"):
         beside.unlink(missing_ok=True)
 
@@ -113,14 +84,18 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
+        sharded.remove(path)
         digest = _written(checkpoint, path)
-        entry = {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": digest}
+        self.enter(path, {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": digest})
+
+    def enter(self, path: Path, entry: dict[str, Any]) -> None:
+        """Record a checkpoint that was written, and remove those that it makes old."""
         self._record(path.parent, {path.name: entry})
         if self.keep:
             self._prune(path.parent, self.keep)
 
     def remove_checkpoint(self, path: Any) -> None:
-        super().remove_checkpoint(path)
+        sharded.remove(Path(path)) if Path(path).is_dir() else super().remove_checkpoint(path)
         self._record(Path(path).parent, {})
 
     def _prune(self, folder: Path, keep: int) -> None:
@@ -135,6 +110,8 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read(Path(path))
         verify(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
 
@@ -174,29 +151,45 @@ def _size(value: Any) -> int:
     return sum(_size(part) for part in parts)
 
 
-def verify(path: Path) -> None:
-    """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
-    if not path.is_file():
+def recorded(path: Path) -> dict[Path, dict[str, Any]]:
+    """The files of a checkpoint with what the manifest recorded of each; empty for a checkpoint from elsewhere.
+
+    Raises ValueError where there is no such checkpoint.
+    """
+    if not path.exists():
         raise ValueError(f"{path} does not exist: there is no such checkpoint file")
     entry = read_manifest(path.parent).get(path.name)
     if entry is None:
-        return  # a file from elsewhere: nothing to compare with, and loading reads tensors only
+        return {}  # nothing to compare with, and loading reads tensors only
+    return {path / name: file for name, file in entry["files"].items()} if "files" in entry else {path: entry}
+
+
+def confirm(path: Path, entry: dict[str, Any]) -> None:
+    """Raise ValueError, in one sentence, where a file is not what was recorded of it."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: there is no such checkpoint file")
     if path.stat().st_size != entry["bytes"]:
         raise ValueError(f"{path} has {path.stat().st_size} bytes where {entry['bytes']} were written: it is truncated")
     if sha256(path) != entry["sha256"]:
         raise ValueError(f"{path} differs from what was written (SHA-256): it is damaged, take an earlier one")
 
 
+def verify(path: Path) -> None:
+    """Raise ValueError, in one sentence, where a checkpoint is not what the manifest beside it recorded."""
+    for file, entry in recorded(path).items():
+        confirm(file, entry)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A verified checkpoint's tensors and plain values. Anything executable in it is refused unread."""
     verify(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = re.split(r"(?<=\w)\. |\n", str(error))[0]
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values ({reason}): take one that a run here has written"
-        ) from error
+    return sharded.read(path) if path.is_dir() else sharded.load_file(path)
+
+
+def outline(path: Path) -> dict[str, Any]:
+    """A verified checkpoint; the sharded tensors of a folder have a shape and a dtype, but no numbers."""
+    verify(path)
+    return sharded.outline(path) if path.is_dir() else sharded.load_file(path)
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, dict[Path, str]]:

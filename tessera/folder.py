@@ -24,10 +24,12 @@ from tessera.checkpoints import write_text
 # What changes where a run happens or how it is shown, but not what it computes
 COSMETIC = (
     *("logger", "output", "data.cache", "resume", "compare", "debug", "traceback", "record"),
-    *("callbacks.checkpoint_every", "callbacks.keep", "trainer.enable_progress_bar"),
+    *("callbacks.checkpoint_every", "callbacks.keep", "callbacks.save_async", "trainer.sharded_checkpoints"),
+    "trainer.enable_progress_bar",
     *("trainer.timeout_minutes", "trainer.grace_minutes", "trainer.restarts"),
     # a step's rows are dealt out to processes and micro-batches: how many does not change what is computed
-    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.accumulate_grad_batches"),
+    *("trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.replicas"),
+    "trainer.accumulate_grad_batches",
     *("start", "ckpt_path"),  # their content counts, among the inputs
 )
 PACKAGES = ("lightning_modules", "datamodules", "kernels")

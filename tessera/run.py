@@ -21,9 +21,10 @@ from omegaconf import DictConfig
 from lightning_modules.method import Method
 from tessera import build, ranks, report
 from tessera.check import refuse
-from tessera.checkpoints import newest_valid, read, sha256, sweep_up, write_text
+from tessera.checkpoints import newest_valid, outline, sha256, sweep_up, write_text
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held
+from tessera.sharded import set_aside
 from tessera.stopping import STOP
 from tessera.words import Refusal, phase
 
@@ -121,7 +122,7 @@ def prepare(words: list[str]) -> Plan:
     refuse(config, choices)
     inputs, start = {}, None
     if config.ckpt_path:
-        read(Path(config.ckpt_path))  # refused, if so, before another run is carried out for this one
+        outline(Path(config.ckpt_path))  # refused, if so, before another run is carried out for this one
         inputs["checkpoint"] = sha256(Path(config.ckpt_path))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -218,7 +219,7 @@ def _newest(checkpoints: Path) -> Path | None:
     for other, reason in broken.items():
         print(f"warning: passed over: {reason}", file=sys.stderr)
         if other.exists():
-            other.rename(other.with_suffix(".broken"))
+            set_aside(other)
     if path:
         print(f"continuing from {path}", flush=True)
     return path
@@ -226,7 +227,7 @@ def _newest(checkpoints: Path) -> Path | None:
 
 def _fits(path: Path, method: Method) -> None:
     """Refuse a checkpoint of another model before anything is loaded from it."""
-    saved = read(path).get("state_dict")
+    saved = outline(path).get("state_dict")
     if saved is None:
         raise ValueError(f"{path} holds no state_dict: it is not a checkpoint of a run")
     ours = {name: tuple(value.shape) for name, value in method.state_dict().items()}
@@ -257,7 +258,7 @@ def _quiet(stage: str) -> dict[str, Any]:
 
 
 def _fit(trainer: L.Trainer, method: Method, data: Any, checkpoint: Path | None, folder: Path) -> None:
-    step = read(checkpoint)["global_step"] if checkpoint else 0
+    step = outline(checkpoint)["global_step"] if checkpoint else 0
     trainer.logger.rewind(step)
     trainer.fit(method, datamodule=data, ckpt_path=str(checkpoint) if checkpoint else None, weights_only=True)
     # where an earlier attempt ended here, Lightning has restored one step less for its loggers

@@ -22,8 +22,9 @@ def export(source: Path, target: Path | None) -> Path:
 
     Raises ValueError when there is no valid checkpoint, or no configuration beside it, or no policy in it.
     """
-    run = source if source.is_dir() else source.parent.parent
-    checkpoint, passed_over = newest_valid(run / "checkpoints") if source.is_dir() else (source, [])
+    whole_run = source.is_dir() and source.suffix != ".ckpt"
+    run = source if whole_run else source.parent.parent
+    checkpoint, passed_over = newest_valid(run / "checkpoints") if whole_run else (source, [])
     for reason in passed_over:
         print(f"warning: passed over: {reason}", file=sys.stderr)
     if checkpoint is None:

@@ -208,7 +208,7 @@ def test_a_folder_without_weights_is_no_start(refused, tmp_path):
         (["data.standin.tset=3"], "did you mean data.standin.test"),
         (["trainer.max_steps=-1"], "trainer.max_steps and trainer.max_epochs are both unlimited"),
         (["trainer.precision=16-mixed"], "trainer.precision=16-mixed: float16 needs a GPU"),
-        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed: there are auto, ddp and fsdp"),
+        (["trainer.strategy=deepspeed"], "trainer.strategy=deepspeed: there are auto, ddp, fsdp, ddp_fsdp"),
         (["trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=1"], "shards over several processes"),
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=3"], "data.batch_size=8 cannot be dealt out to 3"),
         (["trainer.accumulate_grad_batches=3"], "data.batch_size=8 cannot be dealt out to 3"),

@@ -11,9 +11,11 @@ from safetensors.torch import load_file
 
 JOB = ("model=dqo", "model.value_warmup=0.2", "trainer.max_steps=12", "trainer.val_check_interval=6")
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
+FOUR = ("trainer.accelerator=cpu", "trainer.devices=4", "trainer.replicas=2", "trainer.sharded_checkpoints=true")
 WAYS = {
     "ddp": ("trainer=ddp", *TWO),
     "fsdp": ("trainer=fsdp", *TWO),
+    "ddp_fsdp": ("trainer=ddp_fsdp", *FOUR),
     "accumulation": ("trainer.accumulate_grad_batches=2",),
 }
 
@@ -49,7 +51,9 @@ def alone(trajectories, tmp_path_factory) -> Path:
     return carried_out(tmp_path_factory.mktemp("alone"), *JOB, trajectories)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(way, marks=pytest.mark.slow) if way == "ddp_fsdp" else way for way in WAYS]
+)
 def other(request, trajectories, tmp_path_factory) -> Path:
     """The same job another way."""
     return carried_out(tmp_path_factory.mktemp(request.param), *JOB, trajectories, *WAYS[request.param])
