@@ -13,6 +13,7 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
@@ -114,6 +115,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         settings |= {"devices": local, "num_nodes": world // local}
     monitor, mode = method.headline
+    written = VerifiedCheckpointIO(config.callbacks.keep)
     made: L.Trainer = instantiate(
         {"_target_": settings.pop("_target_")},
         **settings,
@@ -129,7 +131,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
             progress_bar(name),
         ],
         plugins=[
-            VerifiedCheckpointIO(config.callbacks.keep),
+            AsyncCheckpointIO(written) if config.callbacks.save_async else written,
             # also inside of a SLURM job, whose variables Lightning would otherwise take for its own launch
             TorchElasticEnvironment() if world > 1 else LightningEnvironment(),
         ],

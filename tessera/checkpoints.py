@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tessera import sharded
-from tessera.hashing import Hashing
+from tessera.hashing import Hashing, save
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,18 +40,9 @@ def write_whole(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        sharded.sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut as well."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,7 +113,7 @@ def _written(checkpoint: dict[str, Any], path: Path) -> str:
 
     def write(file: Any) -> None:
         made.append(Hashing(file))
-        torch.save(checkpoint, made[0])
+        save(checkpoint)(made[0])
 
     try:
         write_whole(path, write)

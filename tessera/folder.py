@@ -101,6 +101,38 @@ class RunFolder:
         return newest is not None and newest.results is not None
 
 
+def refuse_another(folder: RunFolder, identity: str, config: DictConfig) -> None:
+    """Raise ValueError, naming a key that differs, where a run folder belongs to other words than `config`."""
+    if folder.record.get("fingerprint") == identity:
+        return
+    ours, theirs = _identifying(config), _identifying(OmegaConf.load(folder.path / "config.yaml"))
+    different = sorted(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    reason = "its data, its start or the code of the methods has changed since"
+    if different:
+        key = different[0]
+        reason = f"{key} is {theirs.get(key, 'absent')} there and {ours.get(key, 'absent')} here"
+    raise ValueError(
+        f"resume={folder.path} is another run ({reason}): give its words again, or ckpt_path=<one of its checkpoints> "
+        "to go on from its weights with changed words"
+    )
+
+
+def _identifying(config: DictConfig) -> dict[str, Any]:
+    """The leaves of a configuration that are no cosmetics, by their dotted names."""
+
+    def leaves(node: Any, name: str) -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {name[1:]: node}
+        return {key: value for part in node for key, value in leaves(node[part], f"{name}.{part}").items()}
+
+    plain = leaves(OmegaConf.to_container(config, resolve=True), "")
+    return {name: value for name, value in plain.items() if not _is_cosmetic(name)}
+
+
+def _is_cosmetic(name: str) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in (*COSMETIC, "policy_weights", "model.policy"))
+
+
 @contextmanager
 def held(parent: Path, identity: str) -> Iterator[None]:
     """Hold a run's identity under `parent`; wait, and say for whom, while another process is at work on the same run.

@@ -1,25 +1,41 @@
-"""Hashing what is written, meanwhile."""
+"""A file for writing that is hashed while it is written."""
 
 import hashlib
-import threading
-from queue import SimpleQueue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+AT_ONCE = 2**16  # bytes below which a second thread costs more than it saves
 
 
 class Hashing:
-    """A file for writing whose SHA-256 is computed meanwhile by a second thread: hashing costs the writer no time."""
+    """A file for writing; a second thread computes the SHA-256 of what is written at the same time.
+
+    `failed` is the error of a write that did not succeed: torch.save may report it as one of its own.
+    """
 
     def __init__(self, file: Any) -> None:
-        self.file, self._digest, self._queue = file, hashlib.sha256(), SimpleQueue()
+        self.file, self._digest = file, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self.failed: OSError | None = None
-        self._thread = threading.Thread(target=self._hash, daemon=True)
-        self._thread.start()
 
     def write(self, data: Any) -> int:
-        content = bytes(data)
-        self._queue.put(content)
+        if len(data) < AT_ONCE:
+            self._digest.update(data)
+            return self._to_file(data)
+        # waited for: the memory behind `data` is the caller's again when this returns
+        hashed = self._thread.submit(self._digest.update, data)
         try:
-            return self.file.write(content)
+            return self._to_file(data)
+        finally:
+            hashed.result()
+
+    def _to_file(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
         except OSError as error:
             self.failed = error
             raise
@@ -29,10 +45,26 @@ class Hashing:
 
     def hexdigest(self) -> str:
         """The digest of all that was written; nothing can be written after it."""
-        self._queue.put(None)
-        self._thread.join()
+        self._thread.shutdown()
         return self._digest.hexdigest()
 
-    def _hash(self) -> None:
-        while (content := self._queue.get()) is not None:
-            self._digest.update(content)
+
+@contextmanager
+def without_crc32() -> Iterator[None]:
+    """Let torch.save leave out the checksums of its archive, which a SHA-256 of the whole file makes needless."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def save(value: Any) -> Callable[[Any], None]:
+    """A writer of `value` into a hashed file, as torch.load reads it."""
+
+    def write(file: Any) -> None:
+        with without_crc32():
+            torch.save(value, file)
+
+    return write

@@ -23,7 +23,7 @@ from tessera import build, ranks, report
 from tessera.check import refuse
 from tessera.checkpoints import newest_valid, outline, sha256, sweep_up, write_text
 from tessera.compose import compose
-from tessera.folder import RunFolder, fingerprint, held
+from tessera.folder import RunFolder, fingerprint, held, refuse_another
 from tessera.sharded import set_aside
 from tessera.stopping import STOP
 from tessera.words import Refusal, phase
@@ -175,6 +175,7 @@ def carry_out(plan: Plan, record: str | None = None) -> RunFolder:
 
 def _folder(plan: Plan, resume: str) -> Path:
     if resume not in ("auto", "never"):
+        refuse_another(RunFolder(Path(resume)), plan.identity, plan.config)
         return Path(resume)
     before = RunFolder.latest(plan.parent, plan.identity) if resume == "auto" else None
     if before:
@@ -266,6 +267,7 @@ def _fit(trainer: L.Trainer, method: Method, data: Any, checkpoint: Path | None,
     final = folder / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
     if ranks.agree(not final.exists()):
         trainer.save_checkpoint(final)
+        trainer.strategy.checkpoint_io.teardown()  # where it is written in another thread, wait for that
     method.export(folder / "export")
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tessera.hashing import Hashing
+from tessera.hashing import Hashing, save
 
 REST, INDEX = "rest.pt", "index.json"
 
@@ -115,10 +115,10 @@ def write_parts(checkpoint: dict[str, Any], folder: Path, rank: int) -> Written:
     held = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if writes(tensor, number)}
     name_of_file = f"shard-{rank:05d}.pt"
     parts = {name: tensor.to_local().detach().cpu() for name, tensor in held.items()}
-    files = write_file(folder / name_of_file, lambda file: torch.save(parts, file))
+    files = write_file(folder / name_of_file, save(parts))
     if rank == 0:
         rest = replaced(checkpoint, lambda _, leaf: outlined(leaf) if isinstance(leaf, DTensor) else leaf)
-        files |= write_file(folder / REST, lambda file: torch.save(rest, file))
+        files |= write_file(folder / REST, save(rest))
     offsets = {name: [s.start for s in extent(tensor)] for name, tensor in held.items()}
     return files, {name: Piece(name_of_file, offsets[name], list(part.shape)) for name, part in parts.items()}
 
