@@ -23,7 +23,7 @@ JOB = (
     "model=dqo",
     "data.standin={sft: 64, prompts: 400, val: 24, test: 4, misconception: 0.6, slip: 0.0}",
     *("rollouts.k=4", "rollouts.batch_rows=32", "data.max_response=80", "model.value_warmup=0.2"),
-    *("trainer.max_steps=60", "trainer.val_check_interval=5"),
+    *("trainer.max_steps=200", "trainer.val_check_interval=10"),
     *("callbacks.checkpoint_every=2", "callbacks.keep=3"),
 )
 WAYS = {"one": (), "two": ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.grace_minutes=0.1")}
@@ -70,21 +70,37 @@ def ended(output: Path, method: str) -> bool:
 
 def validated(output: Path) -> bool:
     """Whether the run is in a validation, as far as its files show: its newest checkpoint is of a step before one."""
-    return steps(output, "dqo") % 5 == 4
+    return steps(output, "dqo") % 10 == 8
 
 
 def saving(output: Path) -> bool:
     return bool(list(output.glob("*/*/*/checkpoints/.*.part")))
 
 
+class Moved:
+    """Whether the SFT run has saved another step since it was last asked after a kill."""
+
+    def __init__(self) -> None:
+        self.before = -1
+
+    def __call__(self, output: Path) -> bool:
+        now = steps(output, "sft")
+        moved, self.before = now != self.before, now
+        return moved
+
+
 # for each phase: when it is under way, and when it is over
 PHASES: dict[str, tuple[Callable[[Path], bool], Callable[[Path], bool]]] = {
-    "SFT": (lambda output: bool(list(output.glob("sft/*/*/metrics.csv"))), lambda output: steps(output, "sft") >= 58),
+    "SFT": (Moved(), lambda output: steps(output, "sft") >= 198),
     "rollouts": (lambda output: bool(list(output.glob("rollouts/*/lock"))), lambda output: len(answered(output)) > 390),
-    "DQO": (lambda output: steps(output, "dqo") >= 0, lambda output: steps(output, "dqo") >= 20),
-    "validation": (validated, lambda output: steps(output, "dqo") >= 40),
-    "save": (saving, lambda output: steps(output, "dqo") >= 58),
+    "DQO": (lambda output: steps(output, "dqo") >= 0, lambda output: steps(output, "dqo") >= 70),
+    "validation": (validated, lambda output: steps(output, "dqo") >= 130),
+    "save": (saving, lambda output: steps(output, "dqo") >= 198),
 }
+
+
+# seconds from the moment that shows a phase to the kill; in the rollouts and DQO from the start of the process
+DELAYS = {"SFT": 0.3, "rollouts": 2.0, "DQO": 2.0, "validation": 0.02, "save": 0.02}
 
 
 def disturbed(output: Path, kills: int, seed: int, words: tuple[str, ...]) -> dict[str, int]:
@@ -96,10 +112,7 @@ def disturbed(output: Path, kills: int, seed: int, words: tuple[str, ...]) -> di
             deadline = time.monotonic() + PATIENCE
             while not under_way(output) and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.0005)
-            if phase in ("SFT", "rollouts", "DQO"):
-                time.sleep(chance.expovariate(1 / (2.5 if phase == "SFT" else 1.5)))  # also while it is starting
-            else:
-                time.sleep(chance.uniform(0, 0.02))
+            time.sleep(chance.uniform(0, DELAYS[phase]))
             still = process.poll() is None
             kill(process, output)
             count[phase] += still
