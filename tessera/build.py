@@ -76,7 +76,7 @@ def wandb_mode() -> str:
 def end_wandb() -> None:
     """Close W&B's run, if there is one: a process has one at a time, and the next phase logs into its own."""
     if "wandb" in sys.modules:
-        sys.modules["wandb"].finish(quiet=True)
+        sys.modules["wandb"].finish()
 
 
 def _netrc() -> str:

@@ -26,6 +26,8 @@ T = TypeVar("T")
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 COMMUNICATION = "gloo|nccl|pair closure|closed by peer|reset by peer"  # what errors between processes speak of
 SPOKEN = (1, 130, 143)  # exit statuses of a process that has said why it ends
+# torch elastic would keep one store over restarts, in which processes find the addresses of those before them
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 OURS = "TESSERA_LAUNCHED"  # set for processes that `launch` started: it speaks for them
 _heartbeat: Heartbeat | None = None
 
@@ -53,6 +55,7 @@ def launch(words: list[str], devices: int, settings: DictConfig) -> int:
     logging.disable(logging.CRITICAL)  # the ranks speak for themselves
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[OURS] = "1"
+    os.environ[FRESH_STORE] = "1"
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -145,6 +148,8 @@ def join(minutes: float) -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and os.environ.get(FRESH_STORE) != "1" and rank() == 0:
+        logging.warning("started again by torchrun: export %s=1, or processes may look for old addresses", FRESH_STORE)
     timeout = timedelta(minutes=minutes)
     store, number, world = next(dist.rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
