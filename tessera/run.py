@@ -215,7 +215,8 @@ def _checkpoint(config: DictConfig, folder: RunFolder, method: Method) -> Path |
 
 
 def _newest(checkpoints: Path) -> Path | None:
-    sweep_up(checkpoints)
+    for folder in (checkpoints, checkpoints.parent):
+        sweep_up(folder)
     path, broken = newest_valid(checkpoints)
     for other, reason in broken.items():
         print(f"warning: passed over: {reason}", file=sys.stderr)

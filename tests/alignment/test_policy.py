@@ -1,5 +1,6 @@
 """The policy says what the transformers model says, keeps its reference still, and survives disk and sharding."""
 
+import json
 import os
 import subprocess
 import sys
@@ -320,3 +321,14 @@ def test_smollm2_unpacks_once_and_can_add(tmp_path, monkeypatch):
     ids = second.tokenizer.encode(prompt)
     output = second.model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=40)
     assert "12" in second.tokenizer.decode(output[0, len(ids) :])
+
+
+def test_a_model_folder_that_brings_code_is_refused_and_its_code_not_run(tmp_path):
+    folder, target = tmp_path / "model", tmp_path / "touched"
+    folder.mkdir()
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": classes}))
+    (folder / "own.py").write_text(f"open({str(target)!r}, 'w').close()\n")
+    with pytest.raises(ValueError, match=str(folder)):
+        pretrained(str(folder))
+    assert not target.exists()

@@ -171,6 +171,13 @@ def test_a_pickle_bomb_does_not_go_off(refused, tmp_path):
     assert f"{tmp_path / 'bomb.ckpt'} is not a checkpoint of tensors and plain values" in said
 
 
+def test_a_run_folder_of_other_words_is_not_continued(say, finished, outputs):
+    shutil.copytree(finished.parents[2], outputs)
+    folder = next(outputs.glob("sft/*/*/run.json")).parent
+    said = sentence(*say("model=sft", "trainer.max_steps=3", f"resume={folder}"))
+    assert f"resume={folder} is another run (trainer.max_steps is 2 there and 3 here)" in said
+
+
 @pytest.mark.parametrize("content", [b"", b"step: 3\n", b"PK\x03\x04 cut short"])
 def test_a_file_that_is_no_checkpoint_is_refused(refused, tmp_path, content):
     (tmp_path / "some.ckpt").write_bytes(content)
