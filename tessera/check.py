@@ -59,7 +59,7 @@ def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
         *_batches(config, choices),
         *_way(config),
         *_machine(config.trainer),
-        *_sharding(config.trainer),
+        *_sharding(config),
         *_sizes(config),
     )
     return [reason for reason in checks if reason]
@@ -113,7 +113,8 @@ def _machine(settings: DictConfig) -> list[str | None]:
     ]  # fmt: skip
 
 
-def _sharding(settings: DictConfig) -> list[str | None]:
+def _sharding(config: DictConfig) -> list[str | None]:
+    settings = config.trainer
     processes, groups = max(devices(settings), ranks.world_size()), replicas(settings)
     return [
         f"trainer.replicas={groups} does not divide the {processes} processes into groups of equal size: take a "
@@ -122,6 +123,9 @@ def _sharding(settings: DictConfig) -> list[str | None]:
         f"trainer.sharded_checkpoints=true with trainer.strategy={settings.strategy}: there is nothing sharded to "
         "write, take trainer=fsdp or trainer=ddp_fsdp"
         if settings.sharded_checkpoints and settings.strategy not in SHARDED else None,
+        "callbacks.save_async=true with trainer.sharded_checkpoints=true: all processes write a folder together; "
+        "leave one of the two out"
+        if settings.sharded_checkpoints and config.callbacks.save_async else None,
     ]  # fmt: skip
 
 

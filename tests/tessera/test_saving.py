@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from datamodules.steps import FromStep, StepIndexed
@@ -84,16 +85,23 @@ def batches(accumulate: int) -> StepIndexed:
     return StepIndexed([1] * rows, [1] * rows, batch_size=3, seed=1, cook=cook, accumulate=accumulate)
 
 
-def trained(folder: Path, accumulate: int = 1, every: int = 5, keep: int = 100, moment: Moment | None = None) -> Line:
+def trained(
+    folder: Path,
+    accumulate: int = 1,
+    every: int = 5,
+    keep: int = 100,
+    moment: Moment | None = None,
+    asynchronous: bool = False,
+) -> Line:
     """Twelve steps in epochs of four, validated at every sixth on three batches; from the newest checkpoint, if any."""
-    line, stop = Line(folder, moment), Stop()
+    line, stop, written = Line(folder, moment), Stop(), VerifiedCheckpointIO(keep)
     trainer = L.Trainer(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
         val_check_interval=VALIDATED * accumulate,
         check_val_every_n_epoch=None,
         callbacks=[Newest(folder, every, VALIDATED, stop)],
-        plugins=[VerifiedCheckpointIO(keep), LightningEnvironment()],
+        plugins=[AsyncCheckpointIO(written) if asynchronous else written, LightningEnvironment()],
         accelerator="cpu",
         logger=False,
         num_sanity_val_steps=0,
@@ -158,6 +166,14 @@ def test_a_run_stopped_by_a_signal_goes_on_as_if_it_never_was(moment, step, accu
 def test_a_run_stopped_at_any_step_is_the_undisturbed_one(step, tmp_path, undisturbed):
     first = trained(tmp_path, moment=Moment("step", step))
     second = trained(tmp_path)
+    assert second.weight.item() == undisturbed.weight.item()
+    assert first.validated + second.validated == undisturbed.validated
+
+
+def test_a_run_that_saves_in_a_second_thread_has_written_all_when_it_is_stopped(tmp_path, undisturbed):
+    first = trained(tmp_path, moment=Moment("step", 7), asynchronous=True)
+    assert sorted(entry["step"] for entry in read_manifest(tmp_path).values()) == [5, 7]
+    second = trained(tmp_path, asynchronous=True)
     assert second.weight.item() == undisturbed.weight.item()
     assert first.validated + second.validated == undisturbed.validated
 

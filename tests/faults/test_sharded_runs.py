@@ -165,6 +165,7 @@ def test_a_pickle_bomb_in_a_folder_does_not_go_off(name, undisturbed, say, tmp_p
         (("trainer=ddp_fsdp", "trainer.replicas=-2"), "trainer.replicas=-2 does not divide the 4 processes"),
         (("trainer=ddp_fsdp", "trainer.replicas=two"), "trainer.replicas=two: expected a number"),
         (("trainer.sharded_checkpoints=true",), "trainer.sharded_checkpoints=true with trainer.strategy=auto"),
+        ((*FOLDERS, "trainer=fsdp", "trainer.devices=2", "callbacks.save_async=true"), "all processes write a folder"),
         (("trainer.sharded_checkpoints=1",), "trainer.sharded_checkpoints=1: expected true or false"),
     ],
 )
