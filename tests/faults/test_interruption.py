@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -84,6 +85,25 @@ def ended(process: subprocess.Popen) -> Attempt:
     return Attempt(process.returncode, out, err)
 
 
+def started_twice(output: Path) -> tuple[subprocess.Popen, subprocess.Popen]:
+    """The job, and the same job while the first one holds the run; the first goes on when the second waits."""
+    first = start(output)
+    until(lambda: any(f"process {first.pid} " in lock.read_text() for lock in output.glob("dqo/*/.*.lock")))
+    first.send_signal(signal.SIGSTOP)
+    second = start(output)
+    waiting = re.compile(rf"-> FLOCK .* {second.pid} ")
+    until(lambda: waiting.search(Path("/proc/locks").read_text()) or second.poll() is not None)
+    first.send_signal(signal.SIGCONT)
+    return first, second
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def newest_file(output: Path) -> Path:
     """The newest checkpoint file of the DQO run."""
     (run,) = runs(output, "dqo")
@@ -131,7 +151,7 @@ def disturbed(tmp_path_factory) -> Story:
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
-    first, second = start(output), start(output)
+    first, second = started_twice(output)
     return Story(output, in_sft, in_rollouts, in_dqo, truncated, by_ctrl_c, flipped, (ended(first), ended(second)))
 
 
