@@ -30,7 +30,7 @@ class RFT(SFT):
 
     batch_type: ClassVar[type] = TrajectoryBatch
 
-    def __init__(self, solutions: bool, **settings: Any) -> None:
+    def __init__(self, solutions: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.imitates_solutions = solutions
 

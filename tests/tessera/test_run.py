@@ -66,3 +66,11 @@ def test_exported_weights_are_a_start_without_a_run_that_prepares(run):
     dqo, *others = run("model=dqo", "model.value_warmup=1.0", f"policy_weights={sft / 'export'}", "seed=2")
     assert others == [sft]
     assert weights(dqo) == weights(sft)
+
+
+def test_rft_without_a_right_answer_still_imitates_the_given_solutions_when_asked_to(run, capsys):
+    words = ("model=rft", "data.max_response=80")  # the smallest policy is never right
+    with pytest.raises(ValueError, match="no sampled answer is correct"):
+        run(*words)
+    rft, _ = run(*words, "model.solutions=true")
+    assert rft.parts[-3] == "rft"
