@@ -45,7 +45,8 @@ def replicas(settings: DictConfig) -> int:
 
 def devices_to_start(config: DictConfig) -> int:
     """Processes that this one has to start: 1 when torchrun started it, or when one is all that is asked for."""
-    return 1 if "LOCAL_RANK" in os.environ else devices(config.trainer)
+    started = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return 1 if started else devices(config.trainer)
 
 
 def batch_types(data: DictConfig) -> dict[str, Any]:
