@@ -25,7 +25,7 @@ class RFT(SFT):
     """Rejection-sampling fine-tuning: cross-entropy on the unique correct answers sampled (arXiv 2308.01825).
 
     Also known as STaR (arXiv 2203.14465) and RAFT (arXiv 2304.06767), here one round of it. `solutions` adds the data's
-    own solutions of the same problems, as section 3.3 of 2308.01825 does.
+    own solutions of the same problems, as 2308.01825 does.
     """
 
     batch_type: ClassVar[type] = TrajectoryBatch
