@@ -32,6 +32,8 @@ COSMETIC = (
     "trainer.accumulate_grad_batches",
     *("start", "ckpt_path"),  # their content counts, among the inputs
 )
+# What follows from the other words: the weights of the run that this one starts from
+DERIVED = ("policy_weights", "policy.weights", "model.policy.weights")
 PACKAGES = ("lightning_modules", "datamodules", "kernels")
 
 
@@ -47,11 +49,16 @@ def source_digest() -> str:
 
 def fingerprint(config: DictConfig, inputs: dict[str, str]) -> str:
     """What identifies a run: its configuration less the cosmetic parts, its inputs' digests and the source."""
+    text = json.dumps({"config": _essential(config), "inputs": inputs, "source": source_digest()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _essential(config: DictConfig) -> dict[str, Any]:
+    """A resolved configuration less the cosmetic parts."""
     plain = OmegaConf.to_container(config, resolve=True)
     for place, _, key in (name.rpartition(".") for name in COSMETIC):
         (plain.get(place, {}) if place else plain).pop(key, None)
-    text = json.dumps({"config": plain, "inputs": inputs, "source": source_digest()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return plain
 
 
 class RunFolder:
@@ -105,8 +112,9 @@ def refuse_another(folder: RunFolder, identity: str, config: DictConfig) -> None
     """Raise ValueError, naming a key that differs, where a run folder belongs to other words than `config`."""
     if folder.record.get("fingerprint") == identity:
         return
-    ours, theirs = _identifying(config), _identifying(OmegaConf.load(folder.path / "config.yaml"))
-    different = sorted(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+    ours, theirs = (_leaves(_essential(c)) for c in (config, OmegaConf.load(folder.path / "config.yaml")))
+    changed = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    different = sorted(key for key in changed if key not in DERIVED)
     reason = "its data, its start or the code of the methods has changed since"
     if different:
         key = different[0]
@@ -117,20 +125,11 @@ def refuse_another(folder: RunFolder, identity: str, config: DictConfig) -> None
     )
 
 
-def _identifying(config: DictConfig) -> dict[str, Any]:
-    """The leaves of a configuration that are no cosmetics, by their dotted names."""
-
-    def leaves(node: Any, name: str) -> dict[str, Any]:
-        if not isinstance(node, dict) or not node:
-            return {name[1:]: node}
-        return {key: value for part in node for key, value in leaves(node[part], f"{name}.{part}").items()}
-
-    plain = leaves(OmegaConf.to_container(config, resolve=True), "")
-    return {name: value for name, value in plain.items() if not _is_cosmetic(name)}
-
-
-def _is_cosmetic(name: str) -> bool:
-    return any(name == key or name.startswith(f"{key}.") for key in (*COSMETIC, "policy_weights", "model.policy"))
+def _leaves(node: Any, name: str = "") -> dict[str, Any]:
+    """What stands in nested dictionaries, by dotted names."""
+    if not isinstance(node, dict) or not node:
+        return {name: node}
+    return {k: v for part in node for k, v in _leaves(node[part], f"{name}.{part}".lstrip(".")).items()}
 
 
 @contextmanager

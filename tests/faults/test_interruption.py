@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import command, without_data
 
+from tests.waiting import until
+
 STEPS, PROMPTS = 40, 400
 JOB = (
     "model=dqo",
@@ -95,13 +97,6 @@ def started_twice(output: Path) -> tuple[subprocess.Popen, subprocess.Popen]:
     until(lambda: waiting.search(Path("/proc/locks").read_text()) or second.poll() is not None)
     first.send_signal(signal.SIGCONT)
     return first, second
-
-
-def until(happened: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def newest_file(output: Path) -> Path:

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from conftest import TINY, without_data
 
 import train
+from tests.waiting import until
 
 JOB = ("model=dqo", "model.value_warmup=0.2", "trainer.max_steps=30", "trainer.val_check_interval=10")
 JOB += ("callbacks.checkpoint_every=5",)
@@ -87,9 +87,7 @@ def test_two_hosts_end_as_two_processes_of_one_do_also_after_a_killed_process(tr
     output = tmp_path / "two"
     with hosts() as places:
         agents = on_two_hosts(places, output, *layout, "trainer.devices=1")
-        deadline = time.monotonic() + PATIENCE
-        while not list(output.glob("dqo/*/*/checkpoints/step-000010.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        until(lambda: bool(list(output.glob("dqo/*/*/checkpoints/step-000010.ckpt"))))
         workers = subprocess.run(
             ["pgrep", "-f", "--", f"-u .*train.py .*output={output}$"], capture_output=True, text=True
         )

@@ -6,7 +6,7 @@ import signal
 import pytest
 import yaml
 
-from tests.tools.waiting import alive, until
+from tests.waiting import alive, until
 
 pytest_plugins = ["tests.tools.places"]
 

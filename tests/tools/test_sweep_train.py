@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.faults.conftest import TINY, command, without_data
-from tests.tools.waiting import alive, until
+from tests.waiting import alive, until
 from tools.sweep_format import TRAIN
 
 pytest_plugins = ["tests.tools.places"]

@@ -7,7 +7,7 @@ from pathlib import Path
 PATIENCE = 300  # seconds
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], object]) -> None:
     """Wait for something to become true."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
