@@ -4,21 +4,18 @@ A file is written beside its target, flushed to the disk and renamed; then its s
 `manifest.json` of the folder. What the manifest does not confirm does not exist.
 """
 
-import errno
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tessera import sharded
 from tessera.hashing import Hashing, save
 
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 BESIDE = ".part"  # ending of a file that is being written
 
 
@@ -109,37 +106,15 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 
 def _written(checkpoint: dict[str, Any], path: Path) -> str:
     """Write a checkpoint whole and return its digest."""
-    made: list[Hashing] = []
+    digests: list[str] = []
 
     def write(file: Any) -> None:
-        made.append(Hashing(file))
-        save(checkpoint)(made[0])
+        hashing = Hashing(file)
+        save(checkpoint, hashing, path)
+        digests.append(hashing.hexdigest())
 
-    try:
-        write_whole(path, write)
-    except (OSError, RuntimeError) as error:
-        # torch.save may report a failed write as an error of its archive
-        if getattr(made[0].failed, "errno", None) in FULL:
-            raise OSError(_no_room(checkpoint, path)) from error
-        raise
-    return made[0].hexdigest()
-
-
-def _no_room(checkpoint: dict[str, Any], path: Path) -> str:
-    disk = os.statvfs(path.parent)
-    free, needed = disk.f_bavail * disk.f_frsize, _size(checkpoint)
-    return (
-        f"{path} could not be written: it needs {needed:,} bytes, and {free:,} are free there; make room and start the "
-        "same command again: earlier checkpoints are intact"
-    )
-
-
-def _size(value: Any) -> int:
-    """Bytes of the tensors in nested containers."""
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(_size(part) for part in parts)
+    write_whole(path, write)
+    return digests[0]
 
 
 def recorded(path: Path) -> dict[Path, dict[str, Any]]:

@@ -1,13 +1,17 @@
 """A file for writing that is hashed while it is written."""
 
+import errno
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 AT_ONCE = 2**16  # bytes below which a second thread costs more than it saves
 
 
@@ -60,11 +64,29 @@ def without_crc32() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def save(value: Any) -> Callable[[Any], None]:
-    """A writer of `value` into a hashed file, as torch.load reads it."""
-
-    def write(file: Any) -> None:
+def save(value: Any, file: Hashing, path: Path) -> None:
+    """Write `value` as torch.load reads it. Raises OSError, with the bytes needed and free, where the disk is full."""
+    try:
         with without_crc32():
             torch.save(value, file)
+    except (OSError, RuntimeError) as error:  # torch.save may report a failed write as an error of its archive
+        if getattr(file.failed, "errno", None) in FULL:
+            raise OSError(_no_room(value, path)) from error
+        raise file.failed or error from None
 
-    return write
+
+def _no_room(value: Any, path: Path) -> str:
+    disk = os.statvfs(path.parent)
+    free, needed = disk.f_bavail * disk.f_frsize, _size(value)
+    return (
+        f"{path} could not be written: it needs {needed:,} bytes, and {free:,} are free there; make room and start the "
+        "same command again: earlier checkpoints are intact"
+    )
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested containers."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return sum(_size(part) for part in parts)

@@ -97,10 +97,7 @@ def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, dict[str, A
     """Write one file through to the disk; its entry for the manifest, by name: bytes and sha256. Raises OSError."""
     with path.open("xb") as file:
         hashing = Hashing(file)
-        try:
-            write(hashing)
-        except RuntimeError as error:  # torch.save may report a failed write as an error of its archive
-            raise hashing.failed or error from None
+        write(hashing)
         file.flush()
         os.fsync(file.fileno())
     return {path.name: {"bytes": path.stat().st_size, "sha256": hashing.hexdigest()}}
@@ -115,10 +112,10 @@ def write_parts(checkpoint: dict[str, Any], folder: Path, rank: int) -> Written:
     held = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if writes(tensor, number)}
     name_of_file = f"shard-{rank:05d}.pt"
     parts = {name: tensor.to_local().detach().cpu() for name, tensor in held.items()}
-    files = write_file(folder / name_of_file, save(parts))
+    files = write_file(folder / name_of_file, lambda file: save(parts, file, folder / name_of_file))
     if rank == 0:
         rest = replaced(checkpoint, lambda _, leaf: outlined(leaf) if isinstance(leaf, DTensor) else leaf)
-        files |= write_file(folder / REST, save(rest))
+        files |= write_file(folder / REST, lambda file: save(rest, file, folder / REST))
     offsets = {name: [s.start for s in extent(tensor)] for name, tensor in held.items()}
     return files, {name: Piece(name_of_file, offsets[name], list(part.shape)) for name, part in parts.items()}
 
