@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from tessera import sharded
-from tessera.hashing import Hashing, save
+from tessera.hashing import room_for, save, size, write_through
 
 MANIFEST = "manifest.json"
 BESIDE = ".part"  # ending of a file that is being written
@@ -27,24 +27,27 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, write: Any) -> None:
-    """Call `write(file)` on a file beside `path`, sync it and rename it: readers see the old bytes or all the new."""
+def write_whole(path: Path, write: Any) -> dict[str, Any]:
+    """Call `write(file)` on a file beside `path`, sync it and rename it: readers see the old bytes or all the new.
+
+    Returns what a manifest records: bytes and sha256.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}{BESIDE}")
     try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        entry = write_through(beside, write)
         os.replace(beside, path)
         sharded.sync(path.parent)
+        return entry
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    content = text.encode()
+    with room_for(path, len(content)):
+        write_whole(path, lambda file: file.write(content))
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -73,8 +76,9 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         sharded.remove(path)
-        digest = _written(checkpoint, path)
-        self.enter(path, {"step": checkpoint["global_step"], "bytes": path.stat().st_size, "sha256": digest})
+        with room_for(path, size(checkpoint)):
+            entry = write_whole(path, lambda file: save(checkpoint, file))
+        self.enter(path, {"step": checkpoint["global_step"]} | entry)
 
     def enter(self, path: Path, entry: dict[str, Any]) -> None:
         """Record a checkpoint that was written, and remove those that it makes old."""
@@ -102,19 +106,6 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
             return read(Path(path))
         verify(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=True)
-
-
-def _written(checkpoint: dict[str, Any], path: Path) -> str:
-    """Write a checkpoint whole and return its digest."""
-    digests: list[str] = []
-
-    def write(file: Any) -> None:
-        hashing = Hashing(file)
-        save(checkpoint, hashing, path)
-        digests.append(hashing.hexdigest())
-
-    write_whole(path, write)
-    return digests[0]
 
 
 def recorded(path: Path) -> dict[Path, dict[str, Any]]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tessera.hashing import Hashing, save
+from tessera.hashing import room_for, save, size, write_through
 
 REST, INDEX = "rest.pt", "index.json"
 
@@ -93,14 +93,13 @@ def sharded_tensors(checkpoint: dict[str, Any]) -> dict[str, DTensor]:
 # ---- writing
 
 
-def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
-    """Write one file through to the disk; its entry for the manifest, by name: bytes and sha256. Raises OSError."""
-    with path.open("xb") as file:
-        hashing = Hashing(file)
-        write(hashing)
-        file.flush()
-        os.fsync(file.fileno())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": hashing.hexdigest()}}
+def write_file(path: Path, needed: int, write: Callable[[Any], Any]) -> dict[str, dict[str, Any]]:
+    """Write one file of `needed` bytes through to the disk; its entry for the manifest, by name: bytes and sha256.
+
+    Raises OSError, with the bytes needed and free where the disk is full.
+    """
+    with room_for(path, needed):
+        return {path.name: write_through(path, write)}
 
 
 def write_parts(checkpoint: dict[str, Any], folder: Path, rank: int) -> Written:
@@ -112,10 +111,10 @@ def write_parts(checkpoint: dict[str, Any], folder: Path, rank: int) -> Written:
     held = {name: tensor for number, (name, tensor) in enumerate(tensors.items()) if writes(tensor, number)}
     name_of_file = f"shard-{rank:05d}.pt"
     parts = {name: tensor.to_local().detach().cpu() for name, tensor in held.items()}
-    files = write_file(folder / name_of_file, lambda file: save(parts, file, folder / name_of_file))
+    files = write_file(folder / name_of_file, size(parts), lambda file: save(parts, file))
     if rank == 0:
         rest = replaced(checkpoint, lambda _, leaf: outlined(leaf) if isinstance(leaf, DTensor) else leaf)
-        files |= write_file(folder / REST, lambda file: save(rest, file, folder / REST))
+        files |= write_file(folder / REST, size(rest), lambda file: save(rest, file))
     offsets = {name: [s.start for s in extent(tensor)] for name, tensor in held.items()}
     return files, {name: Piece(name_of_file, offsets[name], list(part.shape)) for name, part in parts.items()}
 
@@ -133,7 +132,8 @@ def write_index(folder: Path, written: list[Written]) -> dict[str, Any]:
         files |= entries
         for name, piece in pieces.items():
             index.setdefault(name, []).append(asdict(piece))
-    files |= write_file(folder / INDEX, lambda file: file.write(json.dumps(index).encode()))
+    content = json.dumps(index).encode()
+    files |= write_file(folder / INDEX, len(content), lambda file: file.write(content))
     sync(folder)
     size = sum(entry["bytes"] for entry in files.values())
     return {"bytes": size, "sha256": digest({name: files[name]["sha256"] for name in files}), "files": files}
