@@ -61,6 +61,19 @@ class TokenBatch(TypedDict):
     positions: NotRequired[Int[Tensor, "batch length"]]
 
 
+class WindowBatch(TypedDict):
+    """Windows of a stream of text, for language modelling: every token is predicted from those before it.
+
+    As `TokenBatch`; `mask` leaves out what lies beyond the end of the stream. `positions`, which count from 0 in each
+    document, are there when documents must not see each other.
+    """
+
+    ids: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length-1"]
+    token_share: Float[Tensor, ""]
+    positions: NotRequired[Int[Tensor, "batch length"]]
+
+
 class PromptBatch(TypedDict):
     """Problems to answer."""
 
