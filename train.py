@@ -3,10 +3,12 @@
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from tessera.compose import CONF
@@ -26,12 +28,18 @@ def command_line(arguments: list[str]) -> tuple[list[str], list[str]]:
     return words, flags
 
 
+RECORDS: list[Path] = []  # where the runs of a grid write which folder is theirs
+
+
 @hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
 def job(config: DictConfig) -> None:
     """One run, in this process or one per device."""
     from tessera import ranks  # torch comes in only here
 
     words, choices = list(HydraConfig.get().overrides.task), HydraConfig.get().runtime.choices
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        RECORDS.append(Path(HydraConfig.get().runtime.output_dir, "folder.txt").absolute())
+        os.environ["TESSERA_RECORD"] = str(RECORDS[-1])
     try:
         from tessera.check import devices_to_start, refuse
         from tessera.run import main
@@ -60,6 +68,18 @@ def report(error: Exception, whole: bool) -> int:
     return 1
 
 
+def beside_each_other(records: list[Path]) -> None:
+    """Compare the runs of a grid, where there is something to compare."""
+    from tessera.comparison import compare
+    from tessera.folder import RunFolder
+
+    try:
+        runs = [RunFolder(Path(record.read_text())) for record in records]
+        compare(runs, records[0].parent.parent / "comparison.png")
+    except ValueError as error:
+        print(f"no comparison: {error}", file=sys.stderr)
+
+
 def leave(status: int) -> NoReturn:
     """Exit; one of several processes at once, without waiting in a collective that a failed one never reaches."""
     sys.stdout.flush()
@@ -80,6 +100,8 @@ def main() -> None:
         if found:
             leave(1)
         job()
+        if len(RECORDS) > 1:
+            beside_each_other(RECORDS)
     except KeyboardInterrupt:  # before anything was begun
         leave(130)
 

@@ -24,6 +24,10 @@ class Method(L.LightningModule):
 
     batch_type: ClassVar[type]
     headline: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    # the test metrics of the final table, by the beginning of their names, and how they are written there
+    columns: ClassVar[dict[str, Callable[[float], str]]] = {"": "{:.4g}".format}
+    caption: ClassVar[str] = "held-out data"
+    leaves: ClassVar[str] = ""  # a sentence of the run's card about what it leaves beside numbers and figures
     packs: ClassVar[bool] = False  # whether it heeds `positions`, so that rows may hold several sequences
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], scheduler: Callable[..., float]) -> None:
@@ -142,6 +146,10 @@ class Method(L.LightningModule):
 
     # Throughput
 
+    def rates(self, units_per_s: float) -> dict[str, float]:
+        """What is logged of the speed of training, by name."""
+        return {"units_per_s": units_per_s}
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._clock is None:
             self._clock = (time.perf_counter(), 0)
@@ -152,7 +160,8 @@ class Method(L.LightningModule):
         completes_step = not self.trainer.fit_loop._should_accumulate()
         if completes_step and self.global_step % self.trainer.log_every_n_steps == 0:
             seconds = time.perf_counter() - began
-            self.log("throughput/units_per_s", self._clock[1] * self.trainer.world_size / seconds)
+            for name, value in self.rates(self._clock[1] * self.trainer.world_size / seconds).items():
+                self.log(f"throughput/{name}", value)
             self._clock = None
 
     def on_validation_start(self) -> None:

@@ -7,6 +7,7 @@ import platform
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from tessera.checkpoints import write_text
 from tessera.folder import RunFolder
 
 LIBRARIES = ("torch", "lightning", "transformers", "numpy")
-COLUMNS = ("greedy", "sampled", "maj@", "pass@", "auc", "reward", "format_rate")
 
 
 class Figures(Callback):
@@ -79,6 +79,10 @@ def write_results(folder: RunFolder, plan: Any, method: Any, metrics: dict[str, 
         "data": {"name": plan.data.name, "standin": method.standin, "source": plan.data.source.origin},
         "headline": {"metric": tested, "direction": direction, "value": value},
         "metrics": metrics,
+        "units_per_step": getattr(plan.data, "tokens_per_step", None),
+        "table": cells(metrics, method.columns),
+        "caption": method.caption,
+        "leaves": method.leaves,
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in method.parameters() if p.requires_grad),
         "seed": plan.config.seed,
@@ -132,29 +136,29 @@ def finish(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
     """Print the table of a run beside those it is compared with, and write it into the card."""
     write_card(folder, rows)
     console = Console(width=None if Console().is_terminal else 160)
-    if any(_cells(run.results) for run in rows.values()):
+    if any(run.results["table"] for run in rows.values()):
         console.print(_rich_table(rows))
         for note in _notes(rows):
             console.print(note)
     console.print(f"figures, samples and the model card are in {folder.path}")
 
 
-def _cells(results: dict[str, Any]) -> dict[str, str]:
-    """Test metrics by short name, in per cent with their interval."""
-    metrics = {re.sub(r"^test[^/]*/", "", n): v for n, v in results["metrics"].items() if n.startswith("test")}
-    cells = {}
-    for name, value in metrics.items():
-        if name.startswith(COLUMNS) and not name.endswith(("_low", "_high")):
-            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
-            interval = f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else ""
-            cells[name] = f"{100 * value:.1f}{interval}"
-    return cells
+def cells(metrics: dict[str, float], columns: dict[str, Callable[[float], str]]) -> dict[str, str]:
+    """Test metrics as they stand in a table, by short name in the order of `columns`, with their intervals."""
+    tested = {re.sub(r"^test[^/]*/", "", n): v for n, v in metrics.items() if n.startswith("test")}
+    found = {}
+    for start, written in columns.items():
+        for name, value in tested.items():
+            if name.startswith(start) and not name.endswith(("_low", "_high")):
+                low, high = tested.get(f"{name}_low"), tested.get(f"{name}_high")
+                interval = f" [{written(low)}, {written(high)}]" if low is not None else ""
+                found.setdefault(name, written(value) + interval)
+    return found
 
 
 def _table(rows: dict[str, RunFolder]) -> tuple[list[str], list[list[str]]]:
-    cells = {label: _cells(run.results) for label, run in rows.items()}
-    found = {name for row in cells.values() for name in row}
-    names = sorted(found, key=lambda name: next(i for i, start in enumerate(COLUMNS) if name.startswith(start)))
+    cells = {label: run.results["table"] for label, run in rows.items()}
+    names = list(dict.fromkeys(name for row in cells.values() for name in row))
     body = [
         [label, *(cells[label].get(name, "") for name in names), f"{run.results['seconds']:.0f}"]
         for label, run in rows.items()
@@ -164,8 +168,8 @@ def _table(rows: dict[str, RunFolder]) -> tuple[list[str], list[list[str]]]:
 
 def _rich_table(rows: dict[str, RunFolder]) -> Table:
     header, body = _table(rows)
-    data = next(iter(rows.values())).results["data"]["name"]
-    table = Table(title=f"{data}: per cent of held-out problems, 95 % bootstrap intervals over problems")
+    results = next(reversed(rows.values())).results
+    table = Table(title=f"{results['data']['name']}: {results['caption']}")
     for name in header:
         table.add_column(name, no_wrap=True)
     for line in body:
@@ -177,7 +181,7 @@ def _notes(rows: dict[str, RunFolder]) -> list[str]:
     results = [run.results for run in rows.values()]
     notes = []
     if any(r["data"]["standin"] for r in results):
-        notes.append("These problems are a generated stand-in: the numbers say nothing about the real data set.")
+        notes.append("The data is a generated stand-in: the numbers say nothing about the real data set.")
     if {"dqo", "rft"} <= {r["model"] for r in results}:
         notes.append(
             "At this scale RFT and DRO are as good as DQO or better; docs/main-job.md says what may be concluded."
@@ -200,14 +204,13 @@ def write_card(folder: RunFolder, rows: dict[str, RunFolder]) -> None:
         "",
         *lines,
         "",
-        "Per cent of held-out problems with 95 % bootstrap intervals over problems.",
+        f"{results['caption'][0].upper()}{results['caption'][1:]}.",
         *_notes(rows),
         "",
         *(f"![{figure.stem}](figures/{figure.name})" for figure in figures),
         "",
         f"Repeat it with `{results['command']}` at commit {results['commit']}.",
         f"Versions: {', '.join(f'{name} {version}' for name, version in results['versions'].items())}.",
-        "The policy in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has every answer.",
-        "",
+        *([results["leaves"], ""] if results["leaves"] else []),
     ]
     write_text(folder.path / "README.md", "\n".join(text))

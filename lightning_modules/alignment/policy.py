@@ -22,6 +22,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_modules import sharding
+
 # positions x vocabulary held at once by the head: 64 MB of float32
 LOGITS_AT_ONCE = 2**24
 
@@ -170,7 +172,7 @@ class Policy(nn.Module):
         An existing export is replaced. Raises RuntimeError when the weights are sharded: gather them first with
         `unsharded` on every rank, then export on one.
         """
-        if _is_sharded(self):
+        if sharding.is_sharded(self):
             raise RuntimeError("The policy is sharded: call unsharded(policy) on every rank and export that on one.")
         model = copy.deepcopy(self.model).merge_and_unload() if self.adapted else self.model
         with folder_at_once(Path(folder)) as temporary:
@@ -228,13 +230,8 @@ def unsharded(policy: Policy | AdapterOff) -> Policy | AdapterOff:
     """
     if isinstance(policy, AdapterOff):
         return AdapterOff(unsharded(policy.policy))
-    if not _is_sharded(policy):
-        return policy
-    state = {name: _whole(tensor) for name, tensor in policy.model.state_dict().items()}
-    device = next(iter(state.values())).device
-    model = _same_architecture(policy).to(device)
-    model.load_state_dict(state, assign=True)
-    return Policy(model, policy.tokenizer).requires_grad_(False).eval()
+    model = sharding.unsharded(policy.model, lambda: _same_architecture(policy))
+    return policy if model is policy.model else Policy(model, policy.tokenizer)
 
 
 def _head_scores(
@@ -293,14 +290,6 @@ def _class_names(module: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(module).__mro__}
 
 
-def _is_sharded(policy: Policy) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in policy.parameters())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
 def _same_architecture(policy: Policy) -> nn.Module:
     """An untrained model like the policy's: FSDP2 modules cannot be deep-copied."""
     with torch.random.fork_rng(devices=[]):
@@ -315,7 +304,7 @@ def _same_architecture(policy: Policy) -> nn.Module:
 def _fingerprint(state: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
-        tensor = _whole(state[name]) if isinstance(state[name], DTensor) else state[name]
+        tensor = sharding.whole(state[name]) if isinstance(state[name], DTensor) else state[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

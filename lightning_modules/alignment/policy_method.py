@@ -26,6 +26,11 @@ from lightning_modules.alignment.rollout import (
 from lightning_modules.method import Method
 
 
+def per_cent(value: float) -> str:
+    """A fraction as it stands in the table."""
+    return f"{100 * value:.1f}"
+
+
 class PolicyMethod(Method):
     """A method whose result is a policy. Validation answers greedily; the test also samples K answers per problem.
 
@@ -33,6 +38,13 @@ class PolicyMethod(Method):
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/greedy", "max")
+    columns: ClassVar[dict[str, Callable[[float], str]]] = {
+        name: per_cent for name in ("greedy", "sampled", "maj@", "pass@", "auc", "reward", "format_rate")
+    }
+    caption: ClassVar[str] = "per cent of held-out problems, 95 % bootstrap intervals over problems"
+    leaves: ClassVar[str] = (
+        "The policy in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has every answer."
+    )
     imitates_solutions = False  # whether the data's own solutions join the sampled answers
     judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_modules.alignment.policy_method import PolicyMethod
 from lightning_modules.method import Method
 from tessera import report
 from tessera.folder import RunFolder
@@ -30,6 +31,7 @@ def run(tmp_path):
         folder.path.mkdir()
         method = Method(optimizer=torch.optim.SGD, scheduler=lambda step, total: 1.0)
         method.headline, method.standin = ("val/greedy", "max"), standin
+        method.columns, method.caption = PolicyMethod.columns, PolicyMethod.caption
         data = SimpleNamespace(name="gsm8k-standin" if standin else "gsm8k", source=SimpleNamespace(origin="generated"))
         config = SimpleNamespace(seed=7, policy_weights=None)
         plan = SimpleNamespace(name=model, data=data, words=WORDS, config=config, start=None)

@@ -1,0 +1,95 @@
+"""Runs beside each other: a table and a figure, with what differs between their words as labels and seeds as a band."""
+
+import csv
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from tessera.folder import RunFolder
+from tessera.report import save_figure
+
+Curve = dict[int, float]  # value by step
+
+
+def compare(runs: Sequence[RunFolder], picture: Path) -> None:
+    """Print a table of finished runs, the best first, and draw their headline metric against the work done.
+
+    Raises ValueError where there is nothing to compare: fewer than two finished runs, or other metrics.
+    """
+    ended = [run for run in runs if run.results]
+    headlines = {run.results["headline"]["metric"] for run in ended}
+    if len(ended) < 2 or len(headlines) > 1:
+        raise ValueError(
+            f"{len(ended)} finished runs with {', '.join(headlines) or 'no'} results: a comparison needs two or more "
+            "runs with the same headline metric"
+        )
+    groups = grouped(ended)
+    Console(width=None if Console().is_terminal else 160).print(table(groups))
+    save_figure(figure(groups), picture)
+    print(f"the curves are in {picture}")
+
+
+def grouped(runs: Sequence[RunFolder]) -> dict[str, list[RunFolder]]:
+    """Runs by the words in which they differ, those that differ in the seed alone together, the best group first."""
+    words = [[w for w in run.record["words"] if not w.startswith("seed=")] for run in runs]
+    common = set(words[0]).intersection(*words)
+    groups: dict[str, list[RunFolder]] = {}
+    for run, own in zip(runs, words):
+        label = " ".join(word for word in own if word not in common) or run.results["model"]
+        groups.setdefault(label, []).append(run)
+    sign = -1 if runs[0].results["headline"]["direction"] == "max" else 1
+    return dict(sorted(groups.items(), key=lambda item: sign * statistics.fmean(values(item[1]))))
+
+
+def values(runs: Sequence[RunFolder]) -> list[float]:
+    """The headline of each run."""
+    return [run.results["headline"]["value"] for run in runs]
+
+
+def table(groups: dict[str, list[RunFolder]]) -> Table:
+    """A row for each group: mean and standard deviation over its seeds, each seed, seconds."""
+    first = next(iter(groups.values()))[0].results
+    made = Table(title=f"{first['model']} on {first['data']['name']}: {first['headline']['metric']}")
+    for name in ("", "mean", "sd", "by seed", "seconds"):
+        made.add_column(name, no_wrap=True)
+    for label, runs in groups.items():
+        found = values(runs)
+        spread = f"{statistics.stdev(found):.4f}" if len(found) > 1 else ""
+        by_seed = "  ".join(f"{run.results['seed']}: {value:.4f}" for run, value in zip(runs, found))
+        seconds = statistics.fmean(run.results["seconds"] for run in runs)
+        made.add_row(label, f"{statistics.fmean(found):.4f}", spread, by_seed, f"{seconds:.0f}")
+    return made
+
+
+def figure(groups: dict[str, list[RunFolder]]) -> Figure:
+    """The headline metric while training, the mean over seeds as a line and their range as a band."""
+    first = next(iter(groups.values()))[0].results
+    metric = re.sub("^test", "val", first["headline"]["metric"])
+    work = {run.results["units_per_step"] for runs in groups.values() for run in runs}
+    unit, scale = ("tokens", work.pop()) if len(work) == 1 and None not in work else ("step", 1)
+    made, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for label, runs in groups.items():
+        curves = [curve(run.path / "metrics.csv", metric) for run in runs]
+        steps = sorted(set(curves[0]).intersection(*curves))
+        rows = [[one[step] for one in curves] for step in steps]
+        work = [scale * (step + 1) for step in steps]
+        (line,) = axis.plot(work, [statistics.fmean(row) for row in rows], label=f"{label} (n={len(runs)})")
+        axis.fill_between(work, [min(r) for r in rows], [max(r) for r in rows], color=line.get_color(), alpha=0.2)
+    axis.set(xlabel=unit, ylabel=metric, title=f"{first['model']}: mean and range over seeds")
+    axis.legend(fontsize=8)
+    return made
+
+
+def curve(path: Path, metric: str) -> Curve:
+    """The values of a metric by step; of a step that was logged twice the last."""
+    with path.open(newline="") as file:
+        return {int(row["step"]): float(row[metric]) for row in csv.DictReader(file) if row.get(metric)}

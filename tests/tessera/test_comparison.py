@@ -1,0 +1,57 @@
+"""Runs of a grid beside each other."""
+
+import json
+
+import pytest
+
+from tessera import comparison
+from tessera.folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run("optimizer=mars", 1, 2.5)` is a finished run with that word, seed and test loss."""
+
+    def run(word: str, seed: int, value: float, metric: str = "loss") -> RunFolder:
+        folder = RunFolder(tmp_path / f"{word}-{seed}-{metric}")
+        folder.path.mkdir()
+        headline = {"metric": f"test/{metric}", "direction": "min", "value": value}
+        results = {"model": "gpt2", "data": {"name": "text"}, "headline": headline, "seed": seed, "seconds": 3.0}
+        (folder.path / "results.json").write_text(json.dumps(results | {"units_per_step": 1024}))
+        (folder.path / "run.json").write_text(json.dumps({"words": ["model=gpt2", word, f"seed={seed}"]}))
+        rows = "".join(f"{step},{value + 1 / (step + 1)}\n" for step in (9, 19))
+        (folder.path / "metrics.csv").write_text(f"step,val/{metric}\n{rows}20,\n")
+        return folder
+
+    return run
+
+
+def test_seeds_are_one_row_and_the_best_group_is_first(run, tmp_path, capsys):
+    runs = [run("optimizer=adamw", s, 2.5 + s / 10) for s in (0, 1)] + [run("optimizer=mars", s, 2.0) for s in (0, 1)]
+    comparison.compare(runs, tmp_path / "picture.png")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "optimizer=" in line]
+    assert [line.split()[1] for line in lines] == ["optimizer=mars", "optimizer=adamw"]
+    assert "2.5500" in lines[1]
+    assert "0: 2.5000  1: 2.6000" in lines[1]
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_has_the_mean_over_tokens_and_the_range_of_the_seeds(run):
+    groups = comparison.grouped([run("optimizer=adamw", 0, 2.0), run("optimizer=adamw", 1, 3.0)])
+    (axis,) = comparison.figure(groups).axes
+    assert axis.get_xlabel() == "tokens"
+    assert axis.lines[0].get_xydata().tolist() == [[10 * 1024, 2.6], [20 * 1024, 2.55]]
+    assert sorted({y for _, y in axis.collections[0].get_paths()[0].vertices.round(6).tolist()}) == [
+        2.05,
+        2.1,
+        3.05,
+        3.1,
+    ]
+
+
+def test_runs_that_cannot_be_compared_are_refused(run, tmp_path):
+    unfinished = RunFolder(tmp_path / "unfinished")
+    with pytest.raises(ValueError, match="1 finished runs with test/loss results: a comparison needs two"):
+        comparison.compare([run("optimizer=adamw", 0, 2.0), unfinished], tmp_path / "picture.png")
+    with pytest.raises(ValueError, match="the same headline metric"):
+        comparison.compare([run("a=1", 0, 2.0), run("a=2", 0, 2.0, "greedy")], tmp_path / "picture.png")
