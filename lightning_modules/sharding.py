@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -24,6 +25,7 @@ def unsharded(module: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     if not is_sharded(module):
         return module
     state = {name: whole(tensor) for name, tensor in module.state_dict().items()}
-    copy = build().to(next(iter(state.values())).device)
+    with torch.random.fork_rng(devices=[]):  # the numbers drawn for weights that are overwritten
+        copy = build().to(next(iter(state.values())).device)
     copy.load_state_dict(state, assign=True)
     return copy.requires_grad_(False).eval()

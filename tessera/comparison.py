@@ -23,16 +23,18 @@ Curve = dict[int, float]  # value by step
 def compare(runs: Sequence[RunFolder], picture: Path) -> None:
     """Print a table of finished runs, the best first, and draw their headline metric against the work done.
 
-    Raises ValueError where there is nothing to compare: fewer than two finished runs, or other metrics.
+    Raises ValueError where a run has not ended, or there is nothing to compare: fewer than two, or other metrics.
     """
-    ended = [run for run in runs if run.results]
-    headlines = {run.results["headline"]["metric"] for run in ended}
-    if len(ended) < 2 or len(headlines) > 1:
+    for run in runs:
+        if not run.results:
+            raise ValueError(f"{run.path} has no results.json: it is no run folder, or its run has not ended")
+    headlines = {run.results["headline"]["metric"] for run in runs}
+    if len(runs) < 2 or len(headlines) > 1:
         raise ValueError(
-            f"{len(ended)} finished runs with {', '.join(headlines) or 'no'} results: a comparison needs two or more "
-            "runs with the same headline metric"
+            f"{len(runs)} runs with {' and '.join(sorted(headlines))}: a comparison needs two or more runs with the "
+            "same headline metric"
         )
-    groups = grouped(ended)
+    groups = grouped(runs)
     Console(width=None if Console().is_terminal else 160).print(table(groups))
     save_figure(figure(groups), picture)
     print(f"the curves are in {picture}")
@@ -81,9 +83,9 @@ def figure(groups: dict[str, list[RunFolder]]) -> Figure:
         curves = [curve(run.path / "metrics.csv", metric) for run in runs]
         steps = sorted(set(curves[0]).intersection(*curves))
         rows = [[one[step] for one in curves] for step in steps]
-        work = [scale * (step + 1) for step in steps]
-        (line,) = axis.plot(work, [statistics.fmean(row) for row in rows], label=f"{label} (n={len(runs)})")
-        axis.fill_between(work, [min(r) for r in rows], [max(r) for r in rows], color=line.get_color(), alpha=0.2)
+        done = [scale * (step + 1) for step in steps]
+        (line,) = axis.plot(done, [statistics.fmean(row) for row in rows], label=f"{label} (n={len(runs)})")
+        axis.fill_between(done, [min(r) for r in rows], [max(r) for r in rows], color=line.get_color(), alpha=0.2)
     axis.set(xlabel=unit, ylabel=metric, title=f"{first['model']}: mean and range over seeds")
     axis.legend(fontsize=8)
     return made

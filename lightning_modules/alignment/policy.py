@@ -292,12 +292,11 @@ def _class_names(module: nn.Module) -> set[str]:
 
 def _same_architecture(policy: Policy) -> nn.Module:
     """An untrained model like the policy's: FSDP2 modules cannot be deep-copied."""
-    with torch.random.fork_rng(devices=[]):
-        model = type(policy.causal_lm)(copy.deepcopy(policy.causal_lm.config))
-        if policy.adapted:
-            from peft import get_peft_model
+    model = type(policy.causal_lm)(copy.deepcopy(policy.causal_lm.config))
+    if policy.adapted:
+        from peft import get_peft_model
 
-            model = get_peft_model(model, copy.deepcopy(policy.model.peft_config["default"]))
+        model = get_peft_model(model, copy.deepcopy(policy.model.peft_config["default"]))
     return model
 
 

@@ -51,7 +51,9 @@ def test_the_figure_has_the_mean_over_tokens_and_the_range_of_the_seeds(run):
 
 def test_runs_that_cannot_be_compared_are_refused(run, tmp_path):
     unfinished = RunFolder(tmp_path / "unfinished")
-    with pytest.raises(ValueError, match="1 finished runs with test/loss results: a comparison needs two"):
+    with pytest.raises(ValueError, match=r"unfinished has no results.json"):
         comparison.compare([run("optimizer=adamw", 0, 2.0), unfinished], tmp_path / "picture.png")
-    with pytest.raises(ValueError, match="the same headline metric"):
+    with pytest.raises(ValueError, match="1 runs with test/loss: a comparison needs two"):
+        comparison.compare([run("optimizer=adamw", 1, 2.0)], tmp_path / "picture.png")
+    with pytest.raises(ValueError, match="2 runs with test/greedy and test/loss"):
         comparison.compare([run("a=1", 0, 2.0), run("a=2", 0, 2.0, "greedy")], tmp_path / "picture.png")
