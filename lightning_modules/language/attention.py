@@ -1,0 +1,127 @@
+"""Causal attention, the mask of documents that share a row, and what a layer remembers while it generates.
+
+Every attention is called as `attention(x, positions, mask, cache)`, so that a block does not know which one it has.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor, nn
+
+
+class Cache:
+    """What one layer keeps of the tokens so far: tensors of shape [batch, token, ...], room for `capacity` tokens."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self._kept: tuple[Tensor, ...] = ()
+
+    def append(self, *new: Shaped[Tensor, "batch new ..."]) -> tuple[Shaped[Tensor, "batch kept ..."], ...]:
+        """Keep the tensors of more tokens; returns those of all tokens. Raises ValueError when there is no room."""
+        end = self.length + new[0].shape[1]
+        if end > self.capacity:
+            raise ValueError(f"a cache with room for {self.capacity} tokens cannot keep {end}")
+        if not self._kept:
+            self._kept = tuple(x.new_empty(x.shape[0], self.capacity, *x.shape[2:]) for x in new)
+        for kept, x in zip(self._kept, new):
+            kept[:, self.length : end] = x
+        self.length = end
+        return tuple(kept[:, :end] for kept in self._kept)
+
+
+def document_mask(positions: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch 1 length length"]:
+    """Which key (last axis) each query sees: those before it in its document, which begins where counting restarts."""
+    begins = positions[:, 1:] != positions[:, :-1] + 1
+    document = F.pad(begins, (1, 0)).cumsum(1)
+    return (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+
+def rotate(
+    x: Float[Tensor, "batch length heads dim"], positions: Int[Tensor, "#batch length"], base: float = 10_000.0
+) -> Float[Tensor, "batch length heads dim"]:
+    """Rotary position embedding (arXiv 2104.09864, eq. 34): dimension i turns with i + dim / 2 by p base^(-2i / dim).
+
+    Angles are float32, in bfloat16 neighbouring positions would coincide. `dim` is even.
+    """
+    half = x.shape[-1] // 2
+    frequencies = base ** -(torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angles = positions[:, :, None, None] * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def attend(
+    q: Float[Tensor, "batch new heads dim"],
+    k: Float[Tensor, "batch kept heads dim"],
+    v: Float[Tensor, "batch kept heads value"],
+    mask: Bool[Tensor, "batch 1 new kept"] | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Float[Tensor, "batch new heads*value"]:
+    """softmax(scale q k^T) v, heads side by side; `scale` is 1 / sqrt(dim) by default.
+
+    Without a mask the queries are the last of the keys' tokens, and each sees those before it and itself.
+    """
+    new, kept = q.shape[1], k.shape[1]
+    if mask is None and 1 < new < kept:
+        mask = torch.ones(new, kept, dtype=torch.bool, device=q.device).tril(kept - new)
+    # is_causal aligns the first query with the first key: right only where there are as many
+    causal = mask is None and new == kept
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale)
+    return heads.transpose(1, 2).flatten(2)
+
+
+class MultiHeadAttention(nn.Module):
+    """Multi-head causal self-attention (arXiv 1706.03762), queries, keys and values from one projection.
+
+    With `scale_by_layer` the scores are divided by `layer` + 1 (layers count from 0) as well; `rotary` turns queries
+    and keys by their positions; `qk_norm` gives each of their heads root mean square 1 before that (arXiv 2010.04245).
+    `dropout` falls on the probabilities and on the output. Raises ValueError when the width does not fit the heads.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        layer: int = 0,
+        bias: bool = True,
+        dropout: float = 0.0,
+        scale_by_layer: bool = False,
+        rotary: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width={width} cannot be dealt out to heads={heads}: take a multiple of {heads}")
+        if rotary and (width // heads) % 2:
+            raise ValueError(f"position=rotary turns pairs, but width={width} / heads={heads} is odd")
+        self.heads, self.head_width = heads, width // heads
+        self.dropout, self.rotary, self.qk_norm = dropout, rotary, qk_norm
+        self.scale = self.head_width**-0.5 / (layer + 1 if scale_by_layer else 1)
+        self.c_attn = nn.Linear(width, 3 * width, bias)
+        self.c_proj = nn.Linear(width, width, bias)
+
+    @property
+    def score_width(self) -> int:
+        """Numbers per token that enter the scores, over all heads: what the FLOPs of attention are counted by."""
+        return self.heads * self.head_width
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        positions: Int[Tensor, "#batch length"],
+        mask: Bool[Tensor, "batch 1 length length"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch length width"]:
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
+        if self.qk_norm:
+            q, k = (F.rms_norm(heads, (self.head_width,)) for heads in (q, k))
+        if self.rotary:
+            q, k = rotate(q, positions), rotate(k, positions)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = self.c_proj(attend(q, k, v, mask, dropout, self.scale))
+        return F.dropout(y, self.dropout, self.training)

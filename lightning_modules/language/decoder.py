@@ -1,0 +1,120 @@
+"""A decoder-only language model around whatever blocks it is given: embeddings, residual stream, head and loss."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lightning_modules.language import cross_entropy, flops
+from lightning_modules.language.attention import Cache, document_mask
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `attn` is called as `attention.MultiHeadAttention` is, and has its `score_width`.
+    """
+
+    def __init__(self, ln_1: nn.Module, attn: nn.Module, ln_2: nn.Module, mlp: nn.Module) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = ln_1, attn, ln_2, mlp
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch length width"],
+        positions: Int[Tensor, "#batch length"],
+        mask: Bool[Tensor, "batch 1 length length"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch length width"]:
+        x = x + self.attn(self.ln_1(x), positions, mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Decoder(nn.Module):
+    """Token embedding, blocks, norm, head.
+
+    The vocabulary is padded to a multiple of `pad_vocabulary_to` (64 is what tensor cores like); padded rows take part
+    in the softmax and are never targets. A tied head is the embedding itself, one parameter under one name, so nothing
+    can untie it. `learned_positions` adds an embedding of the position. `softcap` and `loss_chunk` are as in
+    `cross_entropy`. Raises ValueError for a dropout outside of [0, 1).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        width: int,
+        blocks: list[Block],
+        norm: nn.Module,
+        learned_positions: bool = True,
+        dropout: float = 0.0,
+        tied: bool = True,
+        pad_vocabulary_to: int = 64,
+        softcap: float | None = None,
+        loss_chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout={dropout} is not a probability: take one in [0, 1)")
+        if loss_chunk is not None and loss_chunk < 1:
+            raise ValueError(f"loss_chunk={loss_chunk} is no number of tokens: take at least 1, or null for all")
+        self.vocab_size, self.context, self.width = vocab_size, context, width
+        self.dropout, self.softcap, self.loss_chunk = dropout, softcap, loss_chunk
+        padded = -(-vocab_size // pad_vocabulary_to) * pad_vocabulary_to
+        self.wte = nn.Embedding(padded, width)
+        self.wpe = nn.Embedding(context, width) if learned_positions else None
+        self.blocks = nn.ModuleList(blocks)
+        self.ln_f = norm
+        self.lm_head = None if tied else nn.Linear(width, padded, bias=False)
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch length"],
+        targets: Int[Tensor, "batch length"] | None = None,
+        positions: Int[Tensor, "batch length"] | None = None,
+        *,
+        caches: list[Cache] | None = None,
+        last: bool = False,
+    ) -> Float[Tensor, "batch _ padded"] | Float[Tensor, "batch length"]:
+        """Logits (float32), or with `targets` the negative log-likelihood of each of them (nats, float32).
+
+        Position t speaks about the token that follows it. With `positions`, which count from 0 in each document of a
+        row, documents do not see each other. `caches`, one a block, hold the tokens before these and take up these.
+        With `last` the logits are those of the last position only. Raises ValueError when there are more tokens than
+        the context has places, and for positions together with caches.
+        """
+        hidden = self._hidden(ids, positions, caches)
+        if targets is None:
+            return cross_entropy.logits(hidden[:, -1:] if last else hidden, self.head, self.softcap)
+        losses = cross_entropy.nll(hidden.flatten(0, 1), self.head, targets.flatten(), self.loss_chunk, self.softcap)
+        # a copy: what FSDP2 wraps must not return a view
+        return losses.view_as(targets).clone()
+
+    @property
+    def head(self) -> Float[Tensor, "padded width"]:
+        """The matrix that makes logits of hidden states."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def shard_units(self) -> list[nn.Module]:
+        """The modules that FSDP2 shards: the blocks, then the whole, which keeps embedding and head together."""
+        return [*self.blocks, self]
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of training on one token of rows of this length; see `flops`."""
+        counted = sum(p.numel() for p in self.parameters()) - (0 if self.wpe is None else self.wpe.weight.numel())
+        return flops.flops_per_token(counted, len(self.blocks), self.blocks[0].attn.score_width, length)
+
+    def _hidden(self, ids: Tensor, positions: Tensor | None, caches: list[Cache] | None) -> Tensor:
+        begin = caches[0].length if caches else 0
+        end = begin + ids.shape[1]
+        if end > self.context:
+            raise ValueError(f"a sequence of {end} tokens exceeds the network's context of {self.context}")
+        if caches and positions is not None:
+            raise ValueError("positions and caches exclude each other: generation goes on with one document a row")
+        mask = None if positions is None else document_mask(positions)
+        places = torch.arange(begin, end, device=ids.device)[None] if positions is None else positions
+        x = self.wte(ids) if self.wpe is None else self.wte(ids) + self.wpe(places)
+        x = F.dropout(x, self.dropout, self.training)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks)):
+            x = block(x, places, mask, cache)
+        return self.ln_f(x)
