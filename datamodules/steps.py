@@ -5,7 +5,7 @@ A resumed run, or one on another number of processes with the same global batch,
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -79,10 +79,19 @@ class StepIndexed(Dataset):
         return torch.Generator().manual_seed(mixed)
 
 
+@runtime_checkable
+class MicroBatches(Protocol):
+    """Micro-batches by their number: `accumulate` of them make a step, `len` of them a pass."""
+
+    accumulate: int
+
+    def __len__(self) -> int: ...
+
+
 class FromStep(Sampler[int]):
     """Indices of the rest of the current pass, from the optimizer step that `current_step()` says."""
 
-    def __init__(self, batches: StepIndexed, current_step: Callable[[], int]) -> None:
+    def __init__(self, batches: MicroBatches, current_step: Callable[[], int]) -> None:
         self.batches, self.current_step = batches, current_step
 
     def __len__(self) -> int:
