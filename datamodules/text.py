@@ -8,6 +8,8 @@ from typing import ClassVar
 import lightning as L
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import WindowBatch
@@ -123,6 +125,18 @@ class Text(L.LightningDataModule):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens; those beyond the tokenizer's vocabulary stand for nothing."""
         return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Targets of an optimizer step, over all processes."""
+        return self.batch_size * self.context
+
+    def prompts(self, count: int, length: int) -> Int[Tensor, "count length"]:
+        """Beginnings for a model to go on from: `length` tokens from places spread evenly over the test part."""
+        stream = self.parts["test"]
+        last = max(0, len(stream) - length)
+        begins = [last * place // max(1, count) for place in range(count)]
+        return torch.stack([torch.from_numpy(stream.read(b, b + length).astype(np.int64)) for b in begins])
 
     def bytes_per_token(self, part: str) -> float | None:
         """UTF-8 bytes of text over tokens of a part (of its first eight million); None where no tokenizer is known."""

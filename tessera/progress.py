@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-SHOWN = ("loss", "greedy", "sampled", "auc", "units_per_s")
+SHOWN = ("loss", "greedy", "sampled", "auc", "units_per_s", "tokens_per_s")
 
 
 def _shown(metrics: dict[str, Any]) -> dict[str, float]:

@@ -181,7 +181,7 @@ def _notes(rows: dict[str, RunFolder]) -> list[str]:
     results = [run.results for run in rows.values()]
     notes = []
     if any(r["data"]["standin"] for r in results):
-        notes.append("The data is a generated stand-in: the numbers say nothing about the real data set.")
+        notes.append("The data is a stand-in: the numbers say nothing about the real data set.")
     if {"dqo", "rft"} <= {r["model"] for r in results}:
         notes.append(
             "At this scale RFT and DRO are as good as DQO or better; docs/main-job.md says what may be concluded."

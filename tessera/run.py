@@ -127,6 +127,8 @@ def prepare(words: list[str]) -> Plan:
     if config.threads:
         torch.set_num_threads(config.threads)
     data = instantiate(config.data, _convert_="all")
+    if "vocab_size" in config.data:
+        config.data.vocab_size = data.vocab_size  # which only the tokenizer knows, and the network is built with
     trains = "fit" in config.stages or not config.ckpt_path  # else the checkpoint brings all weights
     if config.start and trains and not config.policy_weights:
         first = prepare(phase(list(config.start), words))

@@ -1,6 +1,7 @@
 """The command line, read and checked before anything heavy is imported."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from tessera.compose import CONF, compose
 
@@ -174,7 +175,11 @@ def _whole(words: list[str]) -> list[str]:
     config = _composed(words, found)
     if config is None:
         return found
-    found += [f"{key} needs a value: add {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
+    try:
+        found += [f"{key} needs a value: add {key}=..." for key in sorted(OmegaConf.missing_keys(config))]
+    except InterpolationKeyError as error:
+        key = re.search(r"'(.+)'", str(error)).group(1)
+        return [f"{error.full_key} takes the value of {key}, which is not there: these words do not fit together"]
     others = [config.start, *(config.compare or {}).values()]
     for other in others:
         if other and not found:

@@ -39,7 +39,7 @@ def test_a_small_main_job_learns_values_and_leaves_everything_a_user_needs(tmp_p
     )  # fmt: skip
     assert "SFT (start)" in out
     assert "RFT" in out
-    assert "generated stand-in" in out
+    assert "The data is a stand-in" in out
     run = next(tmp_path.glob("dqo/gsm8k-standin/*/run.json")).parent
     with (run / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -7,7 +7,7 @@ from torchmetrics import Metric
 
 
 class TokenLoss(Metric):
-    """Mean negative log-likelihood of a token (nats); perplexity is its exponential.
+    """Mean negative log-likelihood of a token (nats), and by its place in a row; perplexity is its exponential.
 
     torchmetrics' own Perplexity takes the logits of the whole batch, is infinite where a probability underflows, and
     counts in float32, which stands still at 2^24 tokens. Here both sums are float64.
@@ -19,17 +19,18 @@ class TokenLoss(Metric):
     nll: Tensor
     tokens: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("nll", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros(length, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, nll: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"] | None = None) -> None:
+    def update(self, nll: Float[Tensor, "batch length"], mask: Bool[Tensor, "batch length"] | None = None) -> None:
         """Add the losses of some tokens, of those only that are in `mask`."""
-        kept = nll.detach().double() if mask is None else nll.detach().double()[mask]
-        self.nll += kept.sum()
-        self.tokens += kept.numel()
+        mask = torch.ones_like(nll, dtype=torch.bool) if mask is None else mask
+        self.nll += nll.detach().double().where(mask, 0.0).sum(0)
+        self.tokens += mask.sum(0)
 
-    def compute(self) -> Float[Tensor, ""]:
-        """Mean over all tokens so far, on all processes; NaN when there was none."""
-        return self.nll / self.tokens
+    def compute(self) -> Float[Tensor, " places"]:
+        """Mean over all tokens so far, on all processes, then over those at each place; NaN where there was none."""
+        nll, tokens = (torch.cat([state.sum()[None], state]) for state in (self.nll, self.tokens))
+        return nll / tokens

@@ -75,8 +75,8 @@ def test_the_table_has_a_row_for_every_run_in_per_cent_with_intervals(run, capsy
 def test_a_stand_in_is_never_silent(run, capsys):
     folder = run("dqo", metrics(0.5))
     report.finish(folder, {"DQO": folder})
-    assert "generated stand-in" in capsys.readouterr().out
-    assert "generated stand-in" in (folder.path / "README.md").read_text()
+    assert "The data is a stand-in" in capsys.readouterr().out
+    assert "The data is a stand-in" in (folder.path / "README.md").read_text()
 
 
 def test_real_data_is_not_called_a_stand_in(run, capsys):
