@@ -128,7 +128,8 @@ class MARS(Optimizer):
 
     def _look_back(self, closure: Callable[[], Any], previous: dict[Tensor, Tensor], states: list[Any]) -> None:
         """Put the gradient at x_{t-1} into `last_grad`, and x_t into `prev_param`."""
-        grads = {p: p.grad.clone() for group in self.param_groups for p in group["params"] if p.grad is not None}
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = {p: p.grad.clone() for p in params if p.grad is not None}
         for p, before in previous.items():
             now = p.clone()
             p.copy_(before)
@@ -143,10 +144,10 @@ class MARS(Optimizer):
             self.looking_back = False
             for p, now in previous.items():
                 p.copy_(now)
-        for p, grad in grads.items():
-            if p.grad is not None and "last_grad" in self.state[p]:
+        for p in params:
+            if p.grad is not None and "last_grad" in self.state.get(p, ()):
                 self.state[p]["last_grad"].copy_(p.grad)
-            p.grad = None if p.grad is None else grad
+            p.grad = None if p.grad is None else grads.get(p)
 
     # State
 
