@@ -2,16 +2,21 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
+import rich
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+
+from lightning_modules.optimizers.groups import DEFAULT, split, table, without_rules
+from lightning_modules.optimizers.groups import options as rule_options
 
 
 class Method(L.LightningModule):
@@ -32,11 +37,13 @@ class Method(L.LightningModule):
 
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], scheduler: Callable[..., float]) -> None:
         super().__init__()
-        self.make_optimizer = optimizer
+        self.make_optimizer, self.group_rules = without_rules(optimizer)
         self.schedule = scheduler
+        self.on_nonfinite = "stop"  # or "skip": what a gradient that is not finite does to training
         self.standin = False  # whether the data is generated in the place of the real one
         self._clock: tuple[float, int] | None = None
         self._step_sum: Tensor | None = None
+        self._skipped: set[int] = set()
 
     # What a subclass may say about itself
 
@@ -73,8 +80,10 @@ class Method(L.LightningModule):
     def log_step(self, loss: Tensor, **values: Tensor) -> None:
         """Log scalars of an optimizer step under `train/`, as means over its micro-batches and over the processes.
 
-        To be called once for every micro-batch.
+        To be called once for every micro-batch. What an optimizer evaluates a second time is not logged.
         """
+        if self.looking_back:
+            return
         values = {"loss": loss, **values}
         scalars = torch.stack([value.detach().float() for value in values.values()])
         self._step_sum = scalars if self._step_sum is None else self._step_sum + scalars
@@ -88,14 +97,17 @@ class Method(L.LightningModule):
     # Optimisation
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For every network one group of matrices, with weight decay, and one of vectors and scalars, without."""
+        """For every network the groups of `optimizer.groups`.
+
+        Without that, one of matrices, with weight decay, and one of vectors and scalars, without.
+        """
+        rules, base = self.group_rules or DEFAULT, getattr(self.make_optimizer, "keywords", {}).get("lr")
         groups = []
         for name, network in self.networks().items():
-            trained = [p for p in network.parameters() if p.requires_grad]
-            options = {"network": name, **self.network_options(name)}
-            groups.append({"params": [p for p in trained if p.ndim >= 2], **options})
-            groups.append({"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **options})
-        groups = [group for group in groups if group["params"]]
+            own = {"network": name, **self.network_options(name)}
+            for rule, parameters in split(network, rules).items():
+                options = {"group": rule, **own, **rule_options(rules[rule], own.get("lr", base))}
+                groups += [{"params": parameters, **options}] if parameters else []
         if not groups:
             raise ValueError(
                 f"{type(self).__name__} has nothing to train: every parameter is frozen, so give the optimizer "
@@ -111,25 +123,91 @@ class Method(L.LightningModule):
             return lambda step: 0.0 if step < delay else self.schedule(step - delay, total - delay)
 
         factors = [factor(group.get("delay", 0)) for group in optimizer.param_groups]
+        if self.group_rules and self.trainer.is_global_zero:
+            rich.print(table(optimizer.param_groups))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        """Clip each network's gradient norm by itself, log it, and stop where it is not finite.
+        """Clip each network's gradient norm by itself and log it; stop or skip the step where one is not finite.
 
         A value network and a policy share a step but not a scale: one norm over both would let either drown the other.
         """
-        for name in dict.fromkeys(group["network"] for group in optimizer.param_groups):
-            parameters = [p for g in optimizer.param_groups if g["network"] == name for p in g["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            # a gradient scaler expects overflows and skips them by itself
-            if not torch.isfinite(norm) and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-                raise FloatingPointError(
-                    f"the gradient of {name} is {norm.item()} at step {self.global_step}: lower optimizer.lr or raise "
-                    "the precision; the last checkpoint is intact"
+        networks: dict[str, list[nn.Parameter]] = {}
+        for group in optimizer.param_groups:
+            networks.setdefault(group["network"], []).extend(group["params"])
+        totals = {name: _norm(parameters) for name, parameters in networks.items()}
+        norms = {name: _whole(total) for name, total in totals.items()}
+        # a gradient scaler expects overflows and skips them by itself
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        broken = None if scaled else next((name for name, norm in norms.items() if not torch.isfinite(norm)), None)
+        if broken:
+            self._leave_out(broken, norms[broken])
+        for name, parameters in networks.items():
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or math.inf, totals[name])
+        if not self.looking_back:
+            self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
+            if self.on_nonfinite == "skip":
+                self.log("train/skipped", float(len(self._skipped)))
+
+    def _leave_out(self, network: str, norm: Tensor) -> None:
+        """Drop all gradients of the step, or raise FloatingPointError; all processes know the same norm."""
+        step = self.global_step
+        if self.on_nonfinite == "skip":
+            if not self._skipped:
+                warnings.warn(
+                    f"the gradient of {network} is {norm.item()} at step {step}, which is skipped", stacklevel=2
                 )
-            self.log(f"grad_norm/{name}", norm)
+            self._skipped.add(step)
+            for parameter in self.parameters():
+                parameter.grad = None
+            return
+        culprits = (name for name, p in self.named_parameters() if not torch.isfinite(_whole(_norm([p]))))
+        parameter = next(culprits, "no single parameter").replace("_orig_mod.", "")
+        newest = max(Path(self.trainer.default_root_dir, "checkpoints").glob("step-*.ckpt"), default="none yet")
+        raise FloatingPointError(
+            f"the gradient of {network} is {norm.item()} at step {step}, first in {parameter}: lower optimizer.lr or "
+            "raise the precision, or leave such steps out with trainer.on_nonfinite=skip; the last good checkpoint is "
+            f"{newest}"
+        )
+
+    # An optimizer that looks at other points than the last iterate
+
+    @property
+    def looking_back(self) -> bool:
+        """Whether a batch is evaluated a second time, at the previous parameters (`MARS` with `exact`)."""
+        return any(getattr(optimizer, "looking_back", False) for optimizer in self.trainer.optimizers)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        """A step; running statistics, such as BatchNorm's, move in the first evaluation of a batch only."""
+
+        def closure() -> Any:
+            kept = [buffer.clone() for buffer in self.buffers()] if self.looking_back else []
+            loss = optimizer_closure()
+            for buffer, before in zip(self.buffers(), kept):
+                buffer.copy_(before)
+            return loss
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def _set_mode(self, mode: str) -> None:
+        """Let optimizers that evaluate a mean of the iterates put it in place ("eval") or take it back ("train")."""
+        for optimizer in self.trainer.optimizers:
+            if hasattr(optimizer, mode):
+                getattr(optimizer, mode)()
+
+    def on_train_start(self) -> None:
+        self._set_mode("train")
+
+    def on_validation_start(self) -> None:
+        self._clock = None
+        self._set_mode("eval")
+
+    def on_validation_end(self) -> None:
+        self._set_mode("train")
+
+    def on_train_end(self) -> None:
+        self._set_mode("eval")
 
     # Sharding
 
@@ -163,6 +241,19 @@ class Method(L.LightningModule):
             for name, value in self.rates(self._clock[1] * self.trainer.world_size / seconds).items():
                 self.log(f"throughput/{name}", value)
             self._clock = None
+            self._log_scales()
 
-    def on_validation_start(self) -> None:
-        self._clock = None
+    def _log_scales(self) -> None:
+        """What a parameter-free optimizer found in the place of a learning rate."""
+        for optimizer in self.trainer.optimizers:
+            scales = optimizer.scales() if hasattr(optimizer, "scales") else {}
+            self.log_dict({f"optimizer/{name}": value.float() for name, value in scales.items()})
+
+
+def _norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The norm over the gradients that there are; a DTensor where they are sharded."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def _whole(norm: Tensor) -> Tensor:
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

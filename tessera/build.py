@@ -105,6 +105,7 @@ def loggers(settings: DictConfig, folder: Path, name: str, config: DictConfig) -
 def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: int) -> L.Trainer:
     """Lightning's Trainer with our strategy, checkpoint I/O, loggers and callbacks."""
     settings: dict[str, Any] = dict(config.trainer)
+    method.on_nonfinite = settings.pop("on_nonfinite")
     validated = settings.pop("val_check_interval")
     every = validated * settings["accumulate_grad_batches"]
     settings["strategy"] = strategy(config.trainer)

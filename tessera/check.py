@@ -13,6 +13,7 @@ from tessera.words import Refusal
 
 SHARDED = ("fsdp", "ddp_fsdp")
 STRATEGIES = ("auto", "ddp", *SHARDED)
+ON_NONFINITE = ("stop", "skip")
 STAGES = ("fit", "validate", "test", "predict")
 POSITIVE = (
     *("data.batch_size", "data.pad_to_multiple", "data.limit", "data.max_prompt", "data.max_response"),
@@ -61,6 +62,7 @@ def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
         *_way(config),
         *_machine(config.trainer),
         *_sharding(config),
+        *_optimizer(config),
         *_sizes(config),
     )
     return [reason for reason in checks if reason]
@@ -130,6 +132,23 @@ def _sharding(config: DictConfig) -> list[str | None]:
         "callbacks.save_async=true with trainer.sharded_checkpoints=true: all processes write a folder together; "
         "leave one of the two out"
         if settings.sharded_checkpoints and config.callbacks.save_async else None,
+    ]  # fmt: skip
+
+
+def _optimizer(config: DictConfig) -> list[str | None]:
+    settings, exact = config.trainer, config.optimizer.get("exact", False)
+    return [
+        f"optimizer.exact=true with trainer.accumulate_grad_batches={settings.accumulate_grad_batches}: a step looks "
+        "back at its last micro-batch only; take trainer.accumulate_grad_batches=1, or optimizer=mars"
+        if exact and settings.accumulate_grad_batches > 1 else None,
+        f"optimizer.exact=true with trainer.precision={settings.precision}: its gradient scaler evaluates a batch "
+        "once; take bf16-mixed or 32-true, or optimizer=mars"
+        if exact and str(settings.precision).startswith("16") else None,
+        f"optimizer=prodigy with trainer.strategy={settings.strategy}: it would measure the distance of each process's "
+        "shards; take optimizer=adam_pp, or trainer=ddp"
+        if config.optimizer._target_.startswith("prodigyopt.") and settings.strategy in SHARDED else None,
+        f"trainer.on_nonfinite={settings.on_nonfinite}: there are {', '.join(ON_NONFINITE)}"
+        if settings.on_nonfinite not in ON_NONFINITE else None,
     ]  # fmt: skip
 
 
