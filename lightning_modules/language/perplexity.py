@@ -1,5 +1,8 @@
 """The mean loss of all tokens of an evaluation, whatever the number of batches and processes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -29,6 +32,10 @@ class TokenLoss(Metric):
         kept = nll.detach().double() if mask is None else nll.detach().double()[mask]
         self.nll += kept.sum()
         self.tokens += kept.numel()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Metric:
+        # the module it belongs to may move it, but a cast of that module to half precision would round the sums
+        return super()._apply(lambda state: state.to(fn(state).device), *args, **kwargs)
 
     def compute(self) -> Float[Tensor, ""]:
         """Mean over all tokens so far, on all processes; NaN when there was none."""
