@@ -117,7 +117,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Tensor, "batch length width"]:
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, self.head_width)).unbind(2)
         if self.qk_norm:
-            q, k = (F.rms_norm(heads, (self.head_width,)) for heads in (q, k))
+            q, k = (F.rms_norm(heads.float(), (self.head_width,)).to(v.dtype) for heads in (q, k))
         if self.rotary:
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is not None:

@@ -3,11 +3,13 @@
 import json
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -83,12 +85,20 @@ def _folder(source: str) -> Path:
     if folder.is_dir() or source.startswith((".", "/", "~")):
         return folder
     try:
-        files = [hf_hub_download(source, name, etag_timeout=5) for name in ("config.json", "model.safetensors")]
+        with suppress(LocalEntryNotFoundError):
+            return _downloaded(source, local_files_only=True)
+        # asked once with a short limit: without a network the download would be tried again for half a minute
+        HfApi().model_info(source, timeout=5)
+        return _downloaded(source)
     except Exception as error:
         raise ConnectionError(
             f"{source!r} is no folder here, and the Hugging Face hub gives no GPT-2 of that name "
             f"({str(error).strip().splitlines()[0]}): check the name, or give the folder of a checkpoint"
         ) from error
+
+
+def _downloaded(name: str, **options: bool) -> Path:
+    files = [hf_hub_download(name, file, **options) for file in ("config.json", "model.safetensors")]
     return Path(files[0]).parent
 
 

@@ -1,5 +1,8 @@
 """The mean loss of all tokens of an evaluation, whatever the number of batches and processes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -29,6 +32,10 @@ class TokenLoss(Metric):
         mask = torch.ones_like(nll, dtype=torch.bool) if mask is None else mask
         self.nll += nll.detach().double().where(mask, 0.0).sum(0)
         self.tokens += mask.sum(0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Metric:
+        # the module it belongs to may move it, but a cast of that module to half precision would round the sums
+        return super()._apply(lambda state: state.to(fn(state).device), *args, **kwargs)
 
     def compute(self) -> Float[Tensor, " places"]:
         """Mean over all tokens so far, on all processes, then over those at each place; NaN where there was none."""

@@ -203,9 +203,9 @@ def test_swiglu_keeps_the_number_of_parameters():
 # ---- precision, accumulation, compilation
 
 
-@pytest.mark.parametrize("norm", ["layer", "rms"])
-def test_norms_residual_stream_and_loss_are_float32_under_autocast(norm):
-    network = trained_like(toy(norm=norm, loss_chunk=16))
+@every_variant
+def test_norms_residual_stream_and_loss_are_float32_under_autocast(options):
+    network = trained_like(toy(**options, loss_chunk=16))
     ids, targets = tokens()
     seen = {}
     for name, module in network.named_modules():

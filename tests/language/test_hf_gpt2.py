@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from lightning_modules.language import hf_gpt2
 from lightning_modules.language.hf_gpt2 import load, save
 from tests.language.test_gpt2 import tokens, toy, trained_like
 
@@ -176,3 +177,17 @@ def test_a_cut_off_file_is_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
         load(tmp_path)
+
+
+def test_a_name_that_the_hub_does_not_give_is_one_sentence(monkeypatch, tmp_path):
+    """Without a network, and at once."""
+    monkeypatch.setattr(hf_gpt2, "HfApi", Unreachable)
+    with pytest.raises(ConnectionError, match=r"'nobody/no-model' is no folder here, .* \(no route to host\)"):
+        load("nobody/no-model")
+
+
+class Unreachable:
+    """The hub where there is no network."""
+
+    def model_info(self, name: str, timeout: float) -> None:
+        raise OSError("no route to host")

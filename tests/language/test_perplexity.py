@@ -83,6 +83,17 @@ def test_the_parts_of_several_processes_add_up():
     assert one.compute()[0].item() == pytest.approx(losses.double().mean().item(), rel=1e-12)
 
 
+def test_a_cast_of_the_module_that_has_it_rounds_nothing():
+    module = torch.nn.ModuleDict({"loss": TokenLoss(1000), "network": torch.nn.Linear(2, 2)})
+    module["loss"].update(torch.full((2, 1000), 1.001))
+    module.to(torch.bfloat16).half()
+    assert module["network"].weight.dtype == torch.float16
+    assert module["loss"].compute().dtype == torch.float64
+    assert module["loss"].compute()[0].item() == pytest.approx(1.001)
+    module["loss"].reset()
+    assert module["loss"].nll.dtype == module["loss"].tokens.dtype == torch.float64
+
+
 def test_no_token_is_no_number():
     with pytest.warns(UserWarning, match="before the ``update``"):
         assert TokenLoss(2).compute().isnan().all()
