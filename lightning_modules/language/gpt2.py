@@ -83,7 +83,7 @@ class GPT2(Decoder):
     ) -> None:
         choices = {"gelu": gelu, "norm": norm, "mlp": mlp, "position": position}
         sizes = {"vocab_size": vocab_size, "context": context, "layers": layers, "heads": heads, "width": width}
-        _check(sizes, choices)
+        _check(sizes | {"pad_vocabulary_to": pad_vocabulary_to}, choices)
         activation, rotary = (gelu if mlp == "gelu" else mlp), position == "rotary"
         blocks = [
             Block(

@@ -24,7 +24,8 @@ def generate(
 
     `temperature` 0 takes the most probable token; `top_k` draws among so many. `generator` is on the network's device.
     What a layer computed is kept while everything fits the context; beyond it each token sees the last `context` tokens
-    at places counted from 0, which has to be computed anew. Raises ValueError for settings that sample nothing.
+    at places counted from 0, which has to be computed anew. It never ends early, so that the processes of a sharded
+    network take as many steps. Raises ValueError for settings that sample nothing.
     """
     _check(ids, max_new, temperature, top_k)
     was_training = network.training

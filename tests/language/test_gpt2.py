@@ -272,6 +272,7 @@ def test_one_batch_is_learned_by_heart():
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"layers": 0}, "layers=0"),
         ({"context": 0}, "context=0"),
+        ({"pad_vocabulary_to": 0}, "pad_vocabulary_to=0"),
         ({"loss_chunk": 0}, "loss_chunk=0"),
         ({"gelu": "exact"}, "gelu='exact' is none of erf, tanh"),
         ({"norm": "batch"}, "norm='batch' is none of layer, rms"),
