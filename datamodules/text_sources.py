@@ -281,12 +281,19 @@ def _kept(cache: Path, key: str, make: Callable[[], dict[str, np.ndarray]]) -> d
         with appearing_whole(index) as file:
             file.write(json.dumps(kept).encode())
     shards = {}
-    for part, (count, dtype) in json.loads(index.read_text()).items():
+    for part, (count, dtype) in _recorded(index).items():
         shards[part] = Shard(cache / f"{key[:32]}-{part}.tokens", 0, count, dtype)
         path = regular_file(shards[part].path)
         if path.stat().st_size != count * np.dtype(dtype).itemsize:
             raise ValueError(f"{path} is damaged: delete it and {index}")
     return shards
+
+
+def _recorded(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete it") from error
 
 
 def _from_shards(files: dict[str, list[Path]], origin: str, val_fraction: float, cache: Path) -> Source:
@@ -324,7 +331,7 @@ def _largest(shard: Shard, digest: str, cache: Path) -> int:
     key = _digest([digest, str(known.st_mtime_ns), str(known.st_size)])
     kept = cache / f"largest-{key[:32]}.json"
     if kept.exists():
-        return int(json.loads(kept.read_text()))
+        return int(_recorded(kept))
     found = largest(shard)
     if known.st_size >= WORTH_KEEPING:
         with appearing_whole(kept) as file:

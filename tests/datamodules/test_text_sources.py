@@ -280,7 +280,10 @@ def test_tokens_are_kept_and_found_again(tmp_path, find, monkeypatch):
     for part in ("train", "val"):
         assert (again.parts[part].read(0, 99) == first.parts[part].read(0, 99)).all()
     kept[0].write_bytes(kept[0].read_bytes()[:-1])
-    with pytest.raises(ValueError, match="is damaged: delete it"):
+    with pytest.raises(ValueError, match=r"\.tokens is damaged: delete it and"):
+        find(path, "gpt2")
+    kept[2].write_text("{")
+    with pytest.raises(ValueError, match=r"\.json is damaged: delete it"):
         find(path, "gpt2")
 
 
