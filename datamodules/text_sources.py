@@ -176,8 +176,10 @@ def token_type(vocab_size: int) -> type:
     return np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def tokenised(given: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens, and where the documents end in them (int64)."""
+def tokenised(
+    given: Iterable[tuple[str, bool]], tokenizer: Tokenizer, enough: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of texts until there are `enough`, and where the documents end in them (int64)."""
     dtype, runs, ends, length = token_type(tokenizer.vocab_size), [], [], 0
     separator = np.array(tokenizer.separator, dtype)
     for text, ends_document in given:
@@ -186,6 +188,8 @@ def tokenised(given: Iterable[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[
             length += len(run)
         if ends_document:
             ends.append(length)
+        if enough and length >= enough:
+            break
     return np.concatenate(runs) if runs else np.empty(0, dtype), np.array(ends, np.int64)
 
 
@@ -259,28 +263,37 @@ def _from_files(
 
 
 def _source(
-    name: str, origin: str, fingerprint: str, standin: bool, arrays: dict[str, np.ndarray], tokenizer: Tokenizer
+    name: str, origin: str, fingerprint: str, standin: bool, made: dict[str, Any], tokenizer: Tokenizer
 ) -> Source:
-    parts = {part: Stream([tokens]) for part, tokens in arrays.items()}
+    parts = {part: Stream([tokens]) for part, tokens in made.items()}
     return Source(name, origin, fingerprint, standin, parts, tokenizer.vocab_size, tokenizer.end, tokenizer=tokenizer)
 
 
-def _kept(cache: Path, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `make` makes, kept as one .npy file per part, which later runs map into memory."""
+def _kept(cache: Path, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, Shard]:
+    """What `make` makes, kept as one file of tokens per part, with an index beside them that is written last."""
     index = cache / f"{key[:32]}.json"
     if not index.exists():
-        arrays = make()
-        for part, tokens in arrays.items():
-            with appearing_whole(cache / f"{key[:32]}-{part}.npy") as file:
-                np.save(file, tokens, allow_pickle=False)
+        kept = {}
+        for part, tokens in make().items():
+            with appearing_whole(cache / f"{key[:32]}-{part}.tokens") as file:
+                file.write(tokens.tobytes())
+            kept[part] = [len(tokens), tokens.dtype.str]
         with appearing_whole(index) as file:
-            file.write(json.dumps(sorted(arrays)).encode())
-        return arrays
-    names = {part: cache / f"{key[:32]}-{part}.npy" for part in json.loads(index.read_text())}
+            file.write(json.dumps(kept).encode())
+    shards = {}
+    for part, (count, dtype) in _recorded(index).items():
+        shards[part] = Shard(cache / f"{key[:32]}-{part}.tokens", 0, count, dtype)
+        path = regular_file(shards[part].path)
+        if path.stat().st_size != count * np.dtype(dtype).itemsize:
+            raise ValueError(f"{path} is damaged: delete it and {index}")
+    return shards
+
+
+def _recorded(path: Path) -> Any:
     try:
-        return {part: np.load(name, mmap_mode="r", allow_pickle=False) for part, name in names.items()}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{index} and the tokens beside it are damaged ({error}): delete them") from error
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete it") from error
 
 
 def _from_shards(files: dict[str, list[Path]], origin: str, val_fraction: float, cache: Path) -> Source:
@@ -318,7 +331,7 @@ def _largest(shard: Shard, digest: str, cache: Path) -> int:
     key = _digest([digest, str(known.st_mtime_ns), str(known.st_size)])
     kept = cache / f"largest-{key[:32]}.json"
     if kept.exists():
-        return int(json.loads(kept.read_text()))
+        return int(_recorded(kept))
     found = largest(shard)
     if known.st_size >= WORTH_KEEPING:
         with appearing_whole(kept) as file:
@@ -338,11 +351,11 @@ def _from_hub(
 ) -> Source:
     asked = [name, str(config), str(tokens), column, tokenizer.fingerprint, str(val_fraction), str(VERSION)]
     origin = f"hub {name}{f' ({config})' if config else ''}, its first {tokens:,} tokens"
-    arrays = _kept(
+    kept = _kept(
         cache, _digest(asked), lambda: _streamed(tokenizer, name, config, tokens, download, column, val_fraction)
     )
-    fingerprint = _digest(hashlib.sha256(array.tobytes()).hexdigest() for array in arrays.values())
-    return _source("text", origin, fingerprint, False, arrays, tokenizer)
+    fingerprint = _digest(_sha256(shard.path) for shard in kept.values())
+    return _source("text", origin, fingerprint, False, kept, tokenizer)
 
 
 def _streamed(
@@ -355,7 +368,8 @@ def _streamed(
 
     try:
         rows = datasets.load_dataset(name, config, split="train", streaming=True)
-        found, ends = tokenised(_first(rows, tokens, tokenizer, name, column), tokenizer)
+        documents = ((field(row, column, str, name, number), True) for number, row in enumerate(rows, start=1))
+        found, ends = tokenised(documents, tokenizer, tokens)
     except ValueError as error:
         raise ValueError(
             f"data.hub={name} cannot be read ({_line(error)}): correct data.hub or data.hub_config"
@@ -363,19 +377,6 @@ def _streamed(
     except Exception as error:  # of half a dozen libraries: network, cache, file formats
         raise ValueError(f"data.hub={name} cannot be read ({_line(error)}): give files as data.path") from error
     return _split(found, ends, val_fraction)
-
-
-def _first(
-    rows: Iterable[dict], tokens: int, tokenizer: Tokenizer, name: str, column: str
-) -> Iterator[tuple[str, bool]]:
-    """Documents of a stream until there are `tokens` tokens."""
-    read = 0
-    for number, row in enumerate(rows, start=1):
-        if read >= tokens:
-            return
-        text = field(row, column, str, name, number)
-        read += len(tokenizer.encode(text)) + len(tokenizer.separator)
-        yield text, True
 
 
 def _from_standin(tokenizer: Tokenizer, val_fraction: float, cache: Path) -> Source:

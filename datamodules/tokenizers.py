@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from datamodules.problems import hub_answers
+
 # SHA-256 of the two files as OpenAI published them (Radford et al., 2019)
 GPT2_FILES = {
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
@@ -146,12 +148,13 @@ class Pretrained:
     def __init__(self, name: str) -> None:
         import transformers
 
+        local = Path(name).exists() or not hub_answers()  # otherwise it would try for a minute
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
         except Exception as error:  # of half a dozen libraries: network, cache, file formats
             raise ValueError(
                 f"data.tokenizer={name} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:200]}): "
-                "give a folder with a saved tokenizer, a name on the hub that can be reached, gpt2 or bytes"
+                "give a folder with a saved tokenizer, a name on the hub when it can be reached, gpt2 or bytes"
             ) from error
         self.name, self.vocab_size, self.end = name, len(self.tokenizer), self.tokenizer.eos_token_id
         self.separator = () if self.end is None else (self.end,)

@@ -255,6 +255,17 @@ def test_large_sets_are_fingerprinted_by_blocks_over_the_whole_file(tmp_path, fi
     assert len(prints) == 3
 
 
+def test_the_largest_token_is_looked_for_once_while_a_file_stays_as_it_is(tmp_path, find, monkeypatch):
+    monkeypatch.setattr(text_sources, "WORTH_KEEPING", 1)
+    path = write_nanogpt(tmp_path / "train.bin", Stream([TOKENS]))
+    first = find(path).largest
+    with monkeypatch.context() as patched:
+        patched.setattr(text_sources, "largest", None)  # is not called again
+        assert find(path).largest == first
+    write_nanogpt(path, Stream([np.append(TOKENS, np.uint16(60_000))]))
+    assert find(path).largest == (60_000, path)
+
+
 # ---- what is kept, the hub, the stand-in
 
 
@@ -263,13 +274,16 @@ def test_tokens_are_kept_and_found_again(tmp_path, find, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl")
     first = find(path, "gpt2")
     kept = sorted((tmp_path / "cache").iterdir())
-    assert [file.suffix for file in kept] == [".npy", ".npy", ".json"]
+    assert [file.suffix for file in kept] == [".tokens", ".tokens", ".json"]
     monkeypatch.setattr(text_sources, "tokenised", None)  # is not called again
     again = find(path, "gpt2")
     for part in ("train", "val"):
         assert (again.parts[part].read(0, 99) == first.parts[part].read(0, 99)).all()
-    kept[0].write_bytes(b"\x93NUMPY damaged")
-    with pytest.raises(ValueError, match="are damaged"):
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"\.tokens is damaged: delete it and"):
+        find(path, "gpt2")
+    kept[2].write_text("{")
+    with pytest.raises(ValueError, match=r"\.json is damaged: delete it"):
         find(path, "gpt2")
 
 
@@ -281,9 +295,8 @@ def test_a_named_hub_set_that_cannot_be_read_is_refused(find, monkeypatch):
         find(None, hub=NO_HUB | {"name": "some/set"})
 
 
-def test_a_hub_set_is_streamed_up_to_a_number_of_tokens(tmp_path, find, monkeypatch):
+def test_a_hub_set_is_streamed_up_to_a_number_of_tokens(tmp_path, find):
     """`datasets` streams a folder as it streams a repository."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     (tmp_path / "set").mkdir()
     write_rows(tmp_path / "set" / "train.jsonl")
     hub = NO_HUB | {"name": str(tmp_path / "set"), "tokens": 300, "download": True}
