@@ -99,6 +99,7 @@ def main() -> None:
             print(f"error: {reason}", file=sys.stderr)
         if found:
             leave(1)
+        sys.argv[1:] = [*flags, *words]  # Hydra wants its flags together
         job()
         if len(RECORDS) > 1:
             beside_each_other(RECORDS)

@@ -1,6 +1,7 @@
 """The command line, read and checked before anything heavy is imported."""
 
 import difflib
+import glob
 import re
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def _wrong_type(key: str, value: Any, config: DictConfig) -> list[str]:
         return [] if interpolated or value is None else [f"{key}={value}: expected a number such as {default}"]
     if numeric and isinstance(default, int) and isinstance(value, float):
         return [f"{key}={value}: expected a whole number such as {default}"]
-    if key in PATHS and isinstance(value, str) and not Path(value).expanduser().exists():
+    if key in PATHS and isinstance(value, str) and not glob.glob(str(Path(value).expanduser())):
         return [f"{key}={value}: there is no such file or folder"]
     return []
 
