@@ -25,7 +25,7 @@ class LanguageModel(Method):
 
     The datamodule says how many bytes of text a token is, which makes losses comparable between tokenizers (bits per
     byte), and turns tokens into text. `samples` has the number of continuations that a test leaves, their length in
-    tokens, and temperature and top_k of the sampling.
+    tokens, and temperature and top_k of the sampling. `compile` has torch.compile make programs of the network.
     """
 
     batch_type: ClassVar[type] = WindowBatch
@@ -46,10 +46,13 @@ class LanguageModel(Method):
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., float],
         samples: dict[str, Any],
+        compile: bool = False,
     ) -> None:
         super().__init__(optimizer, scheduler)
         self.build = network
         self.network = network()
+        if compile:
+            self.network.compile()  # in place, so that checkpoints keep their names
         self.samples = samples
         self.held_out = TokenLoss(self.network.context)
 

@@ -124,7 +124,8 @@ def test_shards_written_from_text_are_read_back(tmp_path):
         write_nanogpt(tmp_path / f"{part}.bin", Stream([np.frombuffer(text, np.uint8)]))
     run = carried_out(tmp_path / "out", f"data.path={tmp_path}", "data.tokenizer=bytes", "data.vocab_size=256")
     assert json.loads((run / "results.json").read_text())["data"]["standin"] is False
-    assert column(run)[-1] < 3
+    losses = column(run)
+    assert losses[-1] < losses[0] - 1.5
 
 
 def test_a_grid_ends_with_a_comparison(tmp_path):
