@@ -21,9 +21,9 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 def squared_norms(shares: Sequence[Tensor], like: Sequence[Tensor]) -> Float[Tensor, " n"]:
     """The squared Euclidean norm of each whole tensor, from this process's share of it.
 
-    `like` are the parameters, whose placements the shares have. One reduction for all that are placed alike. Rows, which
-    are never divided, are summed in their own precision and all else in float64: the result is then the same for any
-    number of processes, and no slower than `_foreach_norm`.
+    `like` are the parameters, whose placements the shares have. One reduction for all that are placed alike. Rows,
+    which are never divided, are summed in their own precision and all else in float64: the result is then the same for
+    any number of processes, and hardly slower than `_foreach_norm`.
     """
     rows = [_row_norms(share) for share in shares]
     lengths = [len(norms) for norms in rows]
