@@ -53,11 +53,12 @@ class Toy(Method):
 
 
 def batches() -> DataLoader:
+    """The same batch ten times: a loader of Lightning's does not go on where it was."""
     torch.manual_seed(1)
-    return DataLoader(torch.randint(8, (80, 6)), batch_size=8)
+    return DataLoader(torch.randint(8, (8, 6)).repeat(10, 1), batch_size=8)
 
 
-def fit(method: Method, folder: Path, **options) -> L.Trainer:
+def fit(method: Method, folder: Path, checkpoint: Path | None = None, **options) -> L.Trainer:
     quiet = {
         "logger": False,
         "enable_checkpointing": False,
@@ -68,7 +69,8 @@ def fit(method: Method, folder: Path, **options) -> L.Trainer:
         accelerator="cpu", max_steps=10, gradient_clip_val=1.0, log_every_n_steps=1, num_sanity_val_steps=0,
         default_root_dir=folder, **quiet, **options,
     )  # fmt: skip
-    trainer.fit(method, batches(), DataLoader(torch.randint(8, (8, 6)), batch_size=8))
+    held_out = DataLoader(torch.randint(8, (8, 6)), batch_size=8)
+    trainer.fit(method, batches(), held_out, ckpt_path=checkpoint, weights_only=True)
     return trainer
 
 
@@ -90,6 +92,27 @@ def test_a_method_sets_the_learning_rate_unless_the_optimizer_finds_its_own(name
     config = compose(["model=sft", "data=gsm8k", "policy=tiny", f"optimizer={name}"])[0].optimizer
     assert config.lr == (1.0 if name in ("adam_pp", "adagrad_pp", "prodigy") else 4e-3)
     assert compose(["model=sft", f"optimizer={name}", "optimizer.lr=0.5"])[0].optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_goes_on_from_a_checkpoint_to_the_bit(name, tmp_path):
+    config = compose(["model=sft", "data=gsm8k", f"optimizer={name}"])[0].optimizer
+    if name.endswith("pp"):
+        config = OmegaConf.merge(config, {"eta_init": 0.01, "average": True})
+    make = instantiate(config, _convert_="all")
+    whole, first, second = Toy(make), Toy(make), Toy(make)
+    fit(whole, tmp_path, val_check_interval=5)
+
+    class Save(L.Callback):
+        def on_validation_end(self, trainer, pl_module) -> None:
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "five.ckpt")
+
+    fit(first, tmp_path, val_check_interval=5, callbacks=[Save()])
+    trainer = fit(second, tmp_path, tmp_path / "five.ckpt", val_check_interval=5)
+    assert (trainer.global_step, second.calls) == (10, whole.calls - 5 - 4 * (name == "mars_exact"))
+    for key, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
 
 
 def test_a_multiplier_moves_with_the_learning_rate_and_the_schedule(tmp_path):
