@@ -1,5 +1,6 @@
 """Text as windows of tokens, for language modelling: files, shards, the hub, or the stand-in."""
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,8 @@ from datamodules.steps import FromStep
 from datamodules.text_sources import find_text
 from datamodules.tokenizers import Tokenizer, make_tokenizer
 from datamodules.windows import EvalWindows, TrainWindows
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 2**23  # tokens of a part, at most, in which bytes are counted
 
@@ -71,6 +74,8 @@ class Text(L.LightningDataModule):
         self.name, self.standin = self.source.name, self.source.standin
         # of tokens, `auto` is that of their format, made only when it is to show text
         self._make_tokenizer = lambda: make_tokenizer("gpt2" if tokenizer == "auto" else tokenizer, tokenizer_files)
+        if tokenizer_files:
+            self._make_tokenizer()  # what is wrong with them is said now, and not when training is over
         known = self.source if self.source.tokenizer or tokenizer == "auto" else self.tokenizer
         self.end, self.vocab_size = known.end, vocab_size or known.vocab_size
         self._check_vocabulary()
@@ -123,7 +128,15 @@ class Text(L.LightningDataModule):
         return self.tokenizer.encode(text).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens; those beyond the tokenizer's vocabulary stand for nothing."""
+        """The text of tokens; those beyond the tokenizer's vocabulary stand for nothing.
+
+        Where shards are trained on without their tokenizer at hand, the numbers of the tokens.
+        """
+        try:
+            self.tokenizer  # noqa: B018
+        except (FileNotFoundError, ValueError) as error:
+            log.warning("samples show the numbers of tokens: %s", error)
+            return " ".join(map(str, ids))
         return self.tokenizer.decode([id for id in ids if id < self.tokenizer.vocab_size])
 
     @property

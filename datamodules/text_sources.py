@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -225,13 +225,21 @@ def find_text(
     FileNotFoundError or ValueError in one sentence.
     """
     if path is not None:
-        files = _with_training(locate(path), path)
+        files, origin = _with_training(locate(path), path), f"data.path={path}"
         if kind(next(iter(files.values()))[0]) == ".bin":
-            return _from_shards(files, f"data.path={path}", val_fraction, cache)
-        return _from_files(files, f"data.path={path}", tokenizer(), column, val_fraction, cache)
+            found = _from_shards(files, origin, val_fraction, cache)
+        else:
+            found = _from_files(files, origin, tokenizer(), column, val_fraction, cache)
+        return replace(found, name=_name(Path(path)))
     if hub["name"]:
         return _from_hub(tokenizer(), column=column, val_fraction=val_fraction, cache=cache, **hub)
     return _from_standin(tokenizer(), val_fraction, cache)
+
+
+def _name(path: Path) -> str:
+    """What results call the data: a file without its endings, a folder, the folder of a pattern."""
+    path = path.expanduser().resolve()
+    return (path.parent if "*" in path.name else path).name.split(".")[0]
 
 
 def _with_training(files: dict[str, list[Path]], path: Path | str) -> dict[str, list[Path]]:

@@ -164,11 +164,11 @@ class Method(L.LightningModule):
             return
         culprits = (name for name, p in self.named_parameters() if not torch.isfinite(_whole(_norm([p]))))
         parameter = next(culprits, "no single parameter").replace("_orig_mod.", "")
-        newest = max(Path(self.trainer.default_root_dir, "checkpoints").glob("step-*.ckpt"), default="none yet")
+        newest = max(Path(self.trainer.default_root_dir, "checkpoints").glob("step-*.ckpt"), default=None)
+        left = f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
         raise FloatingPointError(
             f"the gradient of {network} is {norm.item()} at step {step}, first in {parameter}: lower optimizer.lr or "
-            "raise the precision, or leave such steps out with trainer.on_nonfinite=skip; the last good checkpoint is "
-            f"{newest}"
+            f"raise the precision, or leave such steps out with trainer.on_nonfinite=skip; {left}"
         )
 
     # An optimizer that looks at other points than the last iterate

@@ -129,7 +129,7 @@ def trainer(config: DictConfig, method: Method, folder: Path, name: str, world: 
         callbacks=[
             *callbacks(config.callbacks, validated, method.metric(monitor), mode, folder),
             Figures(folder),
-            progress_bar(name),
+            *([progress_bar(name)] if config.trainer.enable_progress_bar else []),
         ],
         plugins=[
             AsyncCheckpointIO(written) if config.callbacks.save_async else written,

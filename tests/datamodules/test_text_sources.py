@@ -52,7 +52,7 @@ def test_documents_are_split_between_documents(tmp_path, find, name):
     source = find(write_rows(tmp_path / name))
     assert text_of(source.parts["train"]) == "".join(f"{row}\n" for row in ROWS[:36])
     assert text_of(source.parts["val"]) == "".join(f"{row}\n" for row in ROWS[36:])
-    assert (source.name, source.standin, source.origin) == ("text", False, f"data.path={tmp_path / name}")
+    assert (source.name, source.standin, source.origin) == ("a", False, f"data.path={tmp_path / name}")
 
 
 def test_gpt2_puts_its_end_token_after_every_document(tmp_path, find):
