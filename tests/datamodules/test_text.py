@@ -1,5 +1,6 @@
 """The datamodule: what it refuses at once, what its loaders give on any number of processes, how text comes back."""
 
+import importlib.util
 import math
 from types import SimpleNamespace
 
@@ -98,12 +99,17 @@ def test_tokens_of_shards_are_those_of_gpt2_unless_something_else_is_said(made, 
     assert made(path=shards, vocab_size=1_024).decode([15496, 995]) == "Hello world"
 
 
-def test_without_gpt2s_files_tokens_can_still_be_learned(made, shards, tmp_path):
-    data = made(path=shards, tokenizer_files=str(tmp_path))
+def test_without_gpt2s_files_tokens_can_still_be_learned(made, shards, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    data = made(path=shards)
     assert data.vocab_size == 50_257
     assert data.bytes_per_token("val") is None
+    assert data.decode([1, 20]) == "1 20"
+
+
+def test_tokenizer_files_that_are_not_there_are_refused_at_once(made, shards, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data\.tokenizer_files"):
-        data.decode([1])
+        made(path=shards, tokenizer_files=str(tmp_path))
 
 
 def test_a_token_beyond_the_vocabulary_is_named_with_its_file(made, shards):
