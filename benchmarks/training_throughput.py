@@ -5,7 +5,8 @@ python benchmarks/training_throughput.py --words model=gpt2_small data.path=shar
     trainer.precision=bf16-mixed model.compile=true
 
 The same network, optimizer, schedule, clipping and batch size on both sides, interleaved in one process. The bare loop
-draws random windows from the same tokens; ours has the loader, logs, progress lines and checks of a real run.
+draws random windows from the same tokens; ours has the loader, logs, progress lines and checks of a real run. Neither
+validates or saves: what a save costs is measured in benchmarks/save.py.
 """
 
 import argparse
@@ -27,16 +28,18 @@ from tessera import build
 from tessera.compose import compose
 from tessera.run import quiet
 
+Moment = tuple[float, float]
+
 
 class Stopwatch(Callback):
-    """When each optimizer step ended."""
+    """When each optimizer step ended: on the wall's clock, and in the processor's time that this process has had."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Moment] = []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         _wait(pl_module.device)
-        self.ends.append(time.perf_counter())
+        self.ends.append((time.perf_counter(), time.process_time()))
 
 
 def _wait(device: torch.device) -> None:
@@ -46,7 +49,8 @@ def _wait(device: torch.device) -> None:
 
 def composed(words: list[str], steps: int) -> tuple[DictConfig, object]:
     """The configuration of a run of so many steps, and its data."""
-    config, _ = compose([*words, f"trainer.max_steps={steps}", "trainer.val_check_interval=0"])
+    alone = ["trainer.val_check_interval=0", f"callbacks.checkpoint_every={10 * steps}"]
+    config, _ = compose([*words, f"trainer.max_steps={steps}", *alone])
     data = instantiate(config.data, _convert_="all")
     config.data.vocab_size = data.vocab_size
     if config.threads:
@@ -54,7 +58,7 @@ def composed(words: list[str], steps: int) -> tuple[DictConfig, object]:
     return config, data
 
 
-def ours(config: DictConfig, data: object) -> list[float]:
+def ours(config: DictConfig, data: object) -> list[Moment]:
     """Ends of the steps of a run as train.py would make it."""
     method, stopwatch = instantiate(config.model, _convert_="all"), Stopwatch()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -64,7 +68,7 @@ def ours(config: DictConfig, data: object) -> list[float]:
     return stopwatch.ends
 
 
-def bare(config: DictConfig, data: object) -> list[float]:
+def bare(config: DictConfig, data: object) -> list[Moment]:
     """Ends of the steps of a plain loop."""
     device = torch.device("cuda" if torch.cuda.is_available() and config.trainer.accelerator != "cpu" else "cpu")
     network = instantiate(config.model.network, _convert_="all")().to(device)
@@ -92,34 +96,37 @@ def bare(config: DictConfig, data: object) -> list[float]:
         nn.utils.clip_grad_norm_(network.parameters(), config.trainer.gradient_clip_val)
         optimizer.step()
         _wait(device)
-        ends.append(time.perf_counter())
+        ends.append((time.perf_counter(), time.process_time()))
     return ends
 
 
-def rate(ends: list[float], tokens: int, warm: int) -> float:
-    """Tokens per second after the first `warm` steps."""
-    return tokens * (len(ends) - 1 - warm) / (ends[-1] - ends[warm])
+def rates(ends: list[Moment], tokens: int, warm: int) -> list[float]:
+    """Tokens per second of the wall's clock and of the processor's, after the first `warm` steps."""
+    return [tokens * (len(ends) - 1 - warm) / (last - first) for first, last in zip(ends[warm], ends[-1])]
 
 
 def main() -> None:
     """Interleave both, print tokens per second and the ratio with its spread."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--words", nargs="*", default=["model=gpt2", "data=text"], help="as for train.py")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--warm", type=int, default=20, help="steps that are not counted")
     parser.add_argument("--repeats", type=int, default=7)
     given = parser.parse_args()
     quiet()
     config, data = composed(given.words, given.steps)
-    rates: dict[str, list[float]] = {"bare loop": [], "ours": []}
+    found: dict[str, list[list[float]]] = {"bare loop": [], "ours": []}
     for _ in range(given.repeats):
         for label, loop in (("bare loop", bare), ("ours", ours)):
-            rates[label].append(rate(loop(config, data), data.tokens_per_step, given.warm))
+            found[label].append(rates(loop(config, data), data.tokens_per_step, given.warm))
     print(f"{' '.join(given.words)}: {data.tokens_per_step:,} tokens a step, steps {given.warm} to {given.steps}")
-    for label, values in rates.items():
-        print(f"{label:<10} {statistics.median(values):>12,.0f} tokens/s  [{min(values):,.0f}, {max(values):,.0f}]")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["bare loop"])]
-    print(f"ours / bare loop {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")
+    for clock, name in enumerate(("of the wall's clock", "of the processor's time")):
+        bared, own = ([both[clock] for both in found[label]] for label in ("bare loop", "ours"))
+        print(f"tokens per second {name}; median [least, most] of {given.repeats}")
+        for label, values in (("  bare loop", bared), ("  ours", own)):
+            print(f"{label:<18} {statistics.median(values):>10,.0f} [{min(values):,.0f}, {max(values):,.0f}]")
+        ratios = [a / b for a, b in zip(own, bared)]
+        print(f"  ours / bare loop {statistics.median(ratios):>10.3f} [{min(ratios):.3f}, {max(ratios):.3f}]")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Method: the one base class of everything that trains here."""
 
+import functools
 import math
 import time
 import warnings
@@ -38,7 +39,9 @@ class Method(L.LightningModule):
     def __init__(self, optimizer: Callable[..., torch.optim.Optimizer], scheduler: Callable[..., float]) -> None:
         super().__init__()
         self.make_optimizer, self.group_rules = without_rules(optimizer)
-        self.schedule = scheduler
+        # Hydra's partials check their target at every call, and a schedule is called in every step
+        plain = isinstance(scheduler, functools.partial)
+        self.schedule = functools.partial(scheduler.func, **scheduler.keywords) if plain else scheduler
         self.on_nonfinite = "stop"  # or "skip": what a gradient that is not finite does to training
         self.standin = False  # whether the data is generated in the place of the real one
         self._clock: tuple[float, int] | None = None
@@ -82,7 +85,7 @@ class Method(L.LightningModule):
 
         To be called once for every micro-batch. What an optimizer evaluates a second time is not logged.
         """
-        if self.looking_back:
+        if self.looking_back or not self.logs_now:
             return
         values = {"loss": loss, **values}
         scalars = torch.stack([value.detach().float() for value in values.values()])
@@ -93,6 +96,11 @@ class Method(L.LightningModule):
         self._step_sum = None
         for name, mean in zip(values, means):
             self.log(f"train/{name}", mean, prog_bar=name == "loss")
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether what is logged in this step is written: asking a logger costs a small network's step a tenth."""
+        return self.trainer._logger_connector.should_update_logs
 
     # Optimisation
 
@@ -145,7 +153,7 @@ class Method(L.LightningModule):
             self._leave_out(broken, norms[broken])
         for name, parameters in networks.items():
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val or math.inf, totals[name])
-        if not self.looking_back:
+        if self.logs_now and not self.looking_back:
             self.log_dict({f"grad_norm/{name}": norm for name, norm in norms.items()})
             if self.on_nonfinite == "skip":
                 self.log("train/skipped", float(len(self._skipped)))
@@ -182,7 +190,9 @@ class Method(L.LightningModule):
         """A step; running statistics, such as BatchNorm's, move in the first evaluation of a batch only."""
 
         def closure() -> Any:
-            kept = [buffer.clone() for buffer in self.buffers()] if self.looking_back else []
+            if not self.looking_back:
+                return optimizer_closure()
+            kept = [buffer.clone() for buffer in self.buffers()]
             loss = optimizer_closure()
             for buffer, before in zip(self.buffers(), kept):
                 buffer.copy_(before)
