@@ -86,7 +86,7 @@ class TensorProductAttention(Attention):
         width: int,
         heads: int,
         head_width: int,
-        ranks: tuple[int, int, int],
+        ranks: tuple[int, ...],
         turn: Callable[[Tensor, Tensor], Tensor] = rotate,
         init: str = "official",
         orders: tuple[int, int] | None = None,
@@ -186,7 +186,7 @@ class KeyValueAttention(TensorProductAttention):
     projected = ("a_k", "b_k", "a_v", "b_v")
     turned = ("b_k",)
 
-    def __init__(self, width: int, heads: int, head_width: int, ranks: tuple[int, int, int], **options) -> None:
+    def __init__(self, width: int, heads: int, head_width: int, ranks: tuple[int, ...], **options) -> None:
         super().__init__(width, heads, head_width, ranks, **options)
         self.c_q = nn.Linear(width, heads * head_width, bias=False)
         nn.init.xavier_uniform_(self.c_q.weight)
@@ -232,7 +232,7 @@ class SharedTokenFactors(TensorProductAttention):
     projected = ("a_q", "b_q", "a_k", "a_v", "b_v")
     turned, kept = ("b_q",), ("a_k", "a_v", "b_v")
 
-    def __init__(self, width: int, heads: int, head_width: int, ranks: tuple[int, int, int], **options) -> None:
+    def __init__(self, width: int, heads: int, head_width: int, ranks: tuple[int, ...], **options) -> None:
         super().__init__(width, heads, head_width, ranks, **options)
         if ranks[1] != ranks[2]:
             raise ValueError(f"ranks={list(ranks)}: keys and values share their factors, so take equal ranks for them")
