@@ -111,6 +111,18 @@ class Decoder(nn.Module):
         counted = sum(p.numel() for p in self.parameters()) - (0 if self.wpe is None else self.wpe.weight.numel())
         return flops.flops_per_token(counted, len(self.blocks), self.blocks[0].attn.score_width, length)
 
+    def costs(self, length: int) -> dict[str, float]:
+        """What to know beside the loss: parameters, and of attention the MFLOPs of training on a token and the cache.
+
+        The MFLOPs are those between tokens, at this length; the cache's bytes are those of a token in bfloat16.
+        """
+        between = flops.flops_per_token(0, len(self.blocks), self.blocks[0].attn.score_width, length)
+        return {
+            "parameters": float(sum(p.numel() for p in self.parameters())),
+            "attention_mflops": between / 1e6,
+            "cache_bytes": float(self.cache_bytes_per_token(torch.bfloat16)),
+        }
+
     def cache_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that the caches of all layers take for a token."""
         return sum(block.attn.cache_bytes_per_token(dtype) for block in self.blocks)
@@ -142,6 +154,9 @@ class Decoder(nn.Module):
                     "positions and caches exclude each other, and so do positions and padding: generation goes on with "
                     "one document a row"
                 )
+            # of a GPU's numbers nothing is asked, which would wait for it
+            if device.type == "cpu" and not torch.compiler.is_compiling() and positions.max() >= self.context:
+                raise ValueError(f"position {positions.max()} is beyond the network's context of {self.context}")
             return positions, document_mask(positions)
         places = torch.arange(begin, end, device=device)[None]
         if padding is None:

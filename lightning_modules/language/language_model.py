@@ -36,8 +36,11 @@ class LanguageModel(Method):
         "loss": "{:.4f}".format,
         "perplexity": "{:.2f}".format,
         "bits_per_byte": "{:.4f}".format,
+        "parameters": "{:,.0f}".format,
+        "attention_mflops": "{:.3f}".format,
+        "cache_bytes": "{:,.0f}".format,
     }
-    caption: ClassVar[str] = "held-out text; loss in nats per token"
+    caption: ClassVar[str] = "held-out text; loss in nats, MFLOPs of training and bytes of the bfloat16 cache per token"
 
     def __init__(
         self,
@@ -102,6 +105,8 @@ class LanguageModel(Method):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        for name, value in self.network.costs(self.network.context).items():
+            self.log(self.metric(f"test/{name}"), value)
         self._write_samples()
 
     def _report(self, stage: str) -> None:

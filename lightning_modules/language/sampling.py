@@ -83,7 +83,7 @@ def left_padded(
     """
     if not mask.any(1).all():
         raise ValueError("a prompt is empty, its mask is all false: start with the token that separates documents")
-    order = mask.int().argsort(1, stable=True)
+    order = mask.int().argsort(dim=1, stable=True)
     return ids.gather(1, order), ids.shape[1] - mask.sum(1)
 
 
