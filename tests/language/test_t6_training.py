@@ -81,6 +81,6 @@ def test_the_zoo_ends_with_losses_and_costs_side_by_side(tmp_path):
     command = [sys.executable, train.__file__, "-m", "experiment=attention_zoo", *shorter, *choices]
     done = subprocess.run([*command, f"output={tmp_path}"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = [line.strip("│ ").split() for line in done.stdout.splitlines() if line.startswith("│ model.network")]
-    bytes_of_a_token = {row[0].rpartition("=")[2]: row[-2] for row in rows}
+    rows = [line.replace("│", " ").split() for line in done.stdout.splitlines() if line.startswith("│ model.network")]
+    bytes_of_a_token = {row[0].rpartition("=")[2]: row[-1] for row in rows}
     assert bytes_of_a_token == {"mha": str(2 * 2 * 4 * 8), "tpa": str(2 * (2 + 2) * (6 + 8))}
