@@ -46,16 +46,12 @@ def generate(
         # compiled, every length would be a program of its own
         with torch.compiler.set_stance("force_eager"):
             caches = [Cache(min(network.context, ids.shape[1] + max_new)) for _ in network.blocks]
-            ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-            for _ in range(max_new):
+
+            def choose(ids: Tensor) -> Tensor:
                 logits = _next(network, ids, caches, padding, chunk)[:, : network.vocab_size]
-                token = draw(logits, temperature, top_k, generator)
-                if stop is not None:
-                    token = token.masked_fill(ended, stop)
-                    ended |= token == stop
-                ids = torch.cat([ids, token[:, None]], 1)
-                on_token(token)
-            return ids
+                return draw(logits, temperature, top_k, generator)
+
+            return _extended(ids, max_new, choose, stop, on_token)
     finally:
         network.train(was_training)
 
@@ -72,6 +68,24 @@ def draw(
     values, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
     chosen = torch.multinomial((values / temperature).softmax(-1), 1, generator=generator)
     return tokens.gather(-1, chosen)[:, 0]
+
+
+def _extended(
+    ids: Tensor,
+    max_new: int,
+    choose: Callable[[Tensor], Tensor],
+    stop: int | None,
+    on_token: Callable[[Int[Tensor, " batch"]], None],
+) -> Int[Tensor, "batch total"]:
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(max_new):
+        token = choose(ids)
+        if stop is not None:
+            token = token.masked_fill(ended, stop)
+            ended |= token == stop
+        ids = torch.cat([ids, token[:, None]], 1)
+        on_token(token)
+    return ids
 
 
 def left_padded(

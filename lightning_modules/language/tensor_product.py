@@ -41,12 +41,13 @@ def attend_in_factors(
     memory. Without a mask the queries are the last of the keys' tokens, and each sees those before it and itself.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    mask = causal_mask(q.shape[1], a_k.shape[1], q.device) if mask is None else mask
-    scores = torch.einsum("bthd,bmrd->bhtmr", q, b_k).to(wide) * a_k.permute(0, 3, 1, 2)[:, :, None]
-    scores = scores.sum(-1) * (q.shape[-1] ** -0.5 / a_k.shape[2])
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    mixed = (weights[..., None] * a_v.permute(0, 3, 1, 2)[:, :, None] / a_v.shape[2]).to(b_v.dtype)
-    return torch.einsum("bhtmr,bmre->bthe", mixed, b_v).flatten(2)
+    mask = causal_mask(q.shape[1], a_k.shape[1], q.device)[None, None] if mask is None else mask
+    # kept tokens first and heads last, as A lies in memory
+    scores = torch.einsum("bmrd,bthd->bmrth", b_k, q).to(wide) * a_k[:, :, :, None]
+    scores = scores.sum(2) * (q.shape[-1] ** -0.5 / a_k.shape[2])
+    weights = scores.masked_fill(~mask.permute(0, 3, 2, 1), -torch.inf).softmax(1)
+    mixed = (weights[:, :, None] * a_v[:, :, :, None] / a_v.shape[2]).to(b_v.dtype)
+    return torch.einsum("bmrth,bmre->bthe", mixed, b_v).flatten(2)
 
 
 def tensor_product_attention(
@@ -217,10 +218,15 @@ class ConstantTokenFactors(TensorProductAttention):
     turned, kept = (), ("a_k", "a_v")
 
     def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        return contract(factors["a_q"], self.turn(self._constant("b_q", factors["a_q"]), positions))
+        return contract(factors["a_q"], self._at("b_q", positions, factors["a_q"]))
 
     def read(self, positions: Tensor, a_k: Tensor, a_v: Tensor) -> tuple[Tensor, ...]:
-        return a_k, self.turn(self._constant("b_k", a_k), positions), a_v, self._constant("b_v", a_v)
+        return a_k, self._at("b_k", positions, a_k), a_v, self._constant("b_v", a_v)
+
+    def _at(self, name: str, positions: Tensor, like: Tensor) -> Tensor:
+        """A constant turned to every position: once where the rows have the same positions."""
+        constant = self.constants[name].to(like.dtype).expand(*positions.shape, -1, -1)
+        return self.turn(constant, positions).expand(len(like), -1, -1, -1)
 
 
 class SharedTokenFactors(TensorProductAttention):

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import train
+from lightning_modules.language.sampling import generate
 from lightning_modules.language.t6 import ATTENTIONS, T6
+from tests.language.test_gpt2 import tokens, trained_like
+from tests.language.test_t6 import toy
 
 TINY = (
     *("model=t6", "data=text", "data.context=16", "data.batch_size=8", "data.limit=64"),
@@ -20,6 +23,7 @@ TINY = (
     "model.samples={count: 2, prompt_tokens: 4, max_new: 8, temperature: 1.0, top_k: null}",
 )
 SLOW = pytest.mark.slow
+FAST_ONE = [word if word == "tpa" else pytest.param(word, marks=SLOW) for word in ATTENTIONS]
 
 
 def carried_out(output: Path, *words: str) -> Path:
@@ -55,6 +59,31 @@ def test_two_sharded_processes_are_one_and_both_leave_the_network(tmp_path):
     assert "T6.load" in results["leaves"]
     assert results["metrics"]["test-standin/cache_bytes"] == 2 * (2 + 2) * (6 + 8)
     assert len((one / "samples.jsonl").read_text().splitlines()) == 2
+
+
+def check_compiled(attention: str) -> None:
+    """One graph for all steps of training, with the gradients of the plain network; generation adds none."""
+    plain, network, graphs = trained_like(toy(attention)), toy(attention), []
+    network.load_state_dict(plain.state_dict())
+    network.compile(backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+    for seed in range(2):
+        ids, targets = tokens(seed=seed)
+        ours, theirs = network(ids, targets), plain(ids, targets)
+        torch.testing.assert_close(ours, theirs)
+    ours.sum().backward()
+    theirs.sum().backward()
+    for one, other in zip(network.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torch.equal(generate(network, ids, 3, temperature=0.0), generate(plain, ids, 3, temperature=0.0))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("attention", FAST_ONE)
+def test_the_network_compiles_whole_and_once(attention):
+    """In a process of its own: the import hook that checks shapes cannot be compiled."""
+    code = f"from tests.language.test_t6_training import check_compiled; check_compiled({attention!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 @SLOW
