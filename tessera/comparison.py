@@ -58,18 +58,27 @@ def values(runs: Sequence[RunFolder]) -> list[float]:
 
 
 def table(groups: dict[str, list[RunFolder]]) -> Table:
-    """A row for each group: mean and standard deviation over its seeds, each seed, seconds."""
+    """A row for each group: mean and deviation over seeds, each seed, seconds, and the cells that its seeds share."""
     first = next(iter(groups.values()))[0].results
+    cells = {label: shared([run.results.get("table", {}) for run in runs]) for label, runs in groups.items()}
+    headline = first["headline"]["metric"].rpartition("/")[2]
+    others = [name for name in dict.fromkeys(name for row in cells.values() for name in row) if name != headline]
     made = Table(title=f"{first['model']} on {first['data']['name']}: {first['headline']['metric']}")
-    for name in ("", "mean", "sd", "by seed", "seconds"):
+    for name in ("", "mean", "sd", "by seed", "seconds", *others):
         made.add_column(name, no_wrap=True)
     for label, runs in groups.items():
         found = values(runs)
         spread = f"{statistics.stdev(found):.4f}" if len(found) > 1 else ""
         by_seed = "  ".join(f"{run.results['seed']}: {value:.4f}" for run, value in zip(runs, found))
         seconds = statistics.fmean(run.results["seconds"] for run in runs)
-        made.add_row(label, f"{statistics.fmean(found):.4f}", spread, by_seed, f"{seconds:.0f}")
+        rest = [cells[label].get(name, "") for name in others]
+        made.add_row(label, f"{statistics.fmean(found):.4f}", spread, by_seed, f"{seconds:.0f}", *rest)
     return made
+
+
+def shared(tables: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The cells in which all tables agree: of several seeds, what a choice costs."""
+    return {name: cell for name, cell in tables[0].items() if all(table.get(name) == cell for table in tables)}
 
 
 def figure(groups: dict[str, list[RunFolder]]) -> Figure:

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from pathlib import Path
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -32,13 +33,13 @@ class MLP(nn.Module):
     """Linear, activation, linear: hidden width 4 C; GELU by erf or tanh, or ReLU^2 (arXiv 2109.08668).
 
     "swiglu" multiplies the activated half with another (arXiv 2002.05202, eq. 6) at hidden width 8 C / 3, which leaves
-    the number of parameters as it was.
+    the number of parameters as it was. `hidden` is another hidden width.
     """
 
-    def __init__(self, width: int, activation: str, bias: bool, dropout: float) -> None:
+    def __init__(self, width: int, activation: str, bias: bool, dropout: float, hidden: int | None = None) -> None:
         super().__init__()
         gated = activation == "swiglu"
-        hidden = 8 * width // 3 if gated else 4 * width
+        hidden = hidden or (8 * width // 3 if gated else 4 * width)
         self.activation, self.dropout = activation, dropout
         self.c_fc = nn.Linear(width, hidden, bias)
         self.c_gate = nn.Linear(width, hidden, bias) if gated else None
@@ -59,6 +60,8 @@ class GPT2(Decoder):
     embedding, `qk_norm`, `softcap` of the logits, `zero_init` of what writes to the residual stream.
     Raises ValueError when the width does not fit the heads, and for a dropout outside of [0, 1).
     """
+
+    loaded_by = "AutoModelForCausalLM.from_pretrained"
 
     def __init__(
         self,
@@ -109,6 +112,12 @@ class GPT2(Decoder):
                 nn.init.normal_(parameter, std=residual if name.endswith("c_proj.weight") else 0.02)
             else:
                 nn.init.constant_(parameter, float(name.endswith("weight")))
+
+    def export(self, folder: Path) -> None:
+        """Write it as transformers' Auto classes load it; see `hf_gpt2.save`."""
+        from lightning_modules.language import hf_gpt2  # which imports this module
+
+        hf_gpt2.save(self, folder)
 
 
 def _check(sizes: dict[str, int], choices: dict[str, str]) -> None:

@@ -1,8 +1,6 @@
 """GPT-2 checkpoints of Hugging Face transformers, read and written (safetensors only)."""
 
 import json
-import shutil
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,11 +8,10 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_modules.language import weights
 from lightning_modules.language.gpt2 import GPT2
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}
@@ -62,21 +59,7 @@ def save(network: GPT2, folder: str | Path, tokenizer: Any = None, writes: bool 
     config, tensors = _described(network, tokenizer), _named_as_theirs(network)
     if not writes:
         return
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
-    try:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(beside)
-        save_file(tensors, beside / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").unlink(missing_ok=True)
-        for file in beside.iterdir():
-            file.chmod(0o644)  # safetensors makes private files, an export is for the colleagues too
-            file.replace(folder / file.name)
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (beside / "config.json").replace(folder / "config.json")
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    weights.write(folder, config, tensors, tokenizer)
 
 
 def _folder(source: str) -> Path:
@@ -127,18 +110,7 @@ def _config(file: Path) -> dict[str, Any]:
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of the checkpoint by their names in transformers, without the leading `transformer.`."""
-    whole = folder / "model.safetensors"
-    files = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
-    if not files:
-        pickled = "only pickled weights, which are not read" if any(folder.glob("*.bin")) else "no weights"
-        raise FileNotFoundError(f"{folder} has {pickled}: save the model as safetensors (save_pretrained does)")
-    tensors = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): fetch or save it again") from error
-    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix("transformer."): tensor for name, tensor in weights.read(folder).items()}
 
 
 @torch.no_grad()

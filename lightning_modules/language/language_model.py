@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,11 +10,12 @@ from typing import Any, ClassVar
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from datamodules.batches import WindowBatch
 from lightning_modules.language.flops import mfu
-from lightning_modules.language.hf_gpt2 import save
 from lightning_modules.language.perplexity import TokenLoss
 from lightning_modules.language.sampling import generate
 from lightning_modules.method import Method
@@ -34,11 +36,11 @@ class LanguageModel(Method):
         "loss": "{:.4f}".format,
         "perplexity": "{:.2f}".format,
         "bits_per_byte": "{:.4f}".format,
+        "parameters": "{:,.0f}".format,
+        "attention_mflops": "{:.3f}".format,
+        "cache_bytes": "{:,.0f}".format,
     }
-    caption: ClassVar[str] = "held-out text; loss in nats per token"
-    leaves: ClassVar[str] = (
-        "The network in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has continuations."
-    )
+    caption: ClassVar[str] = "held-out text; loss in nats, MFLOPs of training and bytes of the bfloat16 cache per token"
 
     def __init__(
         self,
@@ -51,6 +53,9 @@ class LanguageModel(Method):
         super().__init__(optimizer, scheduler)
         self.build = network
         self.network = network()
+        self.leaves = (
+            f"The network in `export/` loads with `{self.network.loaded_by}`; `samples.jsonl` has continuations."
+        )
         if compile:
             self.network.compile()  # in place, so that checkpoints keep their names
         self.samples = samples
@@ -100,6 +105,8 @@ class LanguageModel(Method):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        for name, value in self.network.costs(self.network.context).items():
+            self.log(self.metric(f"test/{name}"), value)
         self._write_samples()
 
     def _report(self, stage: str) -> None:
@@ -125,7 +132,11 @@ class LanguageModel(Method):
         settings, data = dict(self.samples), self.trainer.datamodule
         generator = torch.Generator(self.device).manual_seed(0)
         starts = data.prompts(settings.pop("count"), settings.pop("prompt_tokens")).to(self.device)
-        rows = generate(unsharded(self.network, self.build), starts, generator=generator, **settings)
+        watched = self.trainer.is_global_zero and sys.stderr.isatty()
+        with Progress(console=Console(stderr=True), transient=True, disable=not watched) as bar:
+            task = bar.add_task("sampling", total=settings["max_new"])
+            settings["on_token"] = lambda token: bar.advance(task)
+            rows = generate(unsharded(self.network, self.build), starts, generator=generator, **settings)
         if self.trainer.is_global_zero:
             texts = [(data.decode(s.tolist()), data.decode(r[len(s) :].tolist())) for s, r in zip(starts, rows)]
             lines = [json.dumps({"prompt": p, "continuation": c}, ensure_ascii=False) for p, c in texts]
@@ -134,4 +145,4 @@ class LanguageModel(Method):
     def export(self, folder: Path) -> None:
         network = unsharded(self.network, self.build)
         if self.trainer.is_global_zero:
-            save(network, folder)
+            network.export(folder)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_modules.language.attention import Cache, MultiHeadAttention, attend, document_mask, rotate
+from lightning_modules.language.attention import Cache, MultiHeadAttention, attend, document_mask
+from lightning_modules.language.rotary import rotate
 
 
 def heads(*lengths: int, dim: int = 8, seed: int = 0):

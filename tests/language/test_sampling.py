@@ -31,6 +31,16 @@ def test_the_cache_changes_no_token(options, prompt):
     assert torch.equal(generate(network, ids, 30, temperature=0.0), plainly(network, ids, 30, 0.0))
 
 
+@every_variant
+def test_a_padded_row_goes_on_as_alone(options):
+    """Learned positions too count from its first token; until it is beyond the context, and after."""
+    network, (ids, _), mask = trained_like(toy(**options)).eval(), tokens(2, 20), torch.ones(2, 20, dtype=torch.bool)
+    mask[1, 8:] = False
+    rows = generate(network, ids, 30, temperature=0.0, mask=mask)
+    assert torch.equal(rows[:1], generate(network, ids[:1], 30, temperature=0.0))
+    assert torch.equal(rows[1:, 12:], generate(network, ids[1:, :8], 30, temperature=0.0))
+
+
 def test_the_cache_changes_no_draw():
     network, (ids, _) = trained_like(toy()).eval(), tokens(2, 5)
     for top_k in (None, 5):

@@ -36,6 +36,13 @@ def test_seeds_are_one_row_and_the_best_group_is_first(run, tmp_path, capsys):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_seeds_of_a_group_share_stands_beside_the_loss():
+    tables = [{"loss": "2.5", "cache_bytes": "784"}, {"loss": "2.6", "cache_bytes": "784"}]
+    assert comparison.shared(tables) == {"cache_bytes": "784"}
+    assert comparison.shared(tables[:1]) == tables[0]
+    assert comparison.shared([{}, tables[0]]) == {}
+
+
 def test_the_figure_has_the_mean_over_tokens_and_the_range_of_the_seeds(run):
     groups = comparison.grouped([run("optimizer=adamw", 0, 2.0), run("optimizer=adamw", 1, 3.0)])
     (axis,) = comparison.figure(groups).axes
