@@ -10,8 +10,8 @@ import importlib.metadata
 def __getattr__(name: str):
     if not name.startswith("__") and _hugging_face_is_installed():
         raise ImportError(
-            f"transformers asks the distribution `kernels` of Hugging Face for {name}, but finds this project's folder of "
-            "the same name: `pip uninstall kernels`, nothing here needs it"
+            f"transformers asks the distribution `kernels` of Hugging Face for {name}, but finds this project's folder "
+            "of the same name: `pip uninstall kernels`, nothing here needs it"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

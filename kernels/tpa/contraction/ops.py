@@ -92,6 +92,11 @@ def refuse_no_rank(op: str, *ranks: int) -> None:
         raise ValueError(f"{op}: rank={min(ranks)} is no sum of outer products: take 1 or more")
 
 
+def last_axis_contiguous(x: Tensor) -> Tensor:
+    """The tensor as the training kernels read it: a view of a projection as it is, others copied."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def _refuse_table(op: str, dim: int, cos: Tensor, positions: Tensor) -> None:
     if 2 * cos.shape[-1] != dim:
         raise ValueError(f"{op}: a table of {cos.shape[-1]} angles turns dim={2 * cos.shape[-1]}, not dim={dim}")
@@ -114,16 +119,11 @@ def _refuse_row(width: int, ranks: list[int], heads: int, dims: list[int]) -> No
         raise ValueError(f"qkv: ranks={ranks} of heads={heads} and dims={dims} make rows of {fits}, not of {width}")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The tensor with its last axis contiguous, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 @torch.library.custom_op("tessera::tpa_contract", mutates_args=())
 def _contract(a: Tensor, b: Tensor) -> Tensor:
     from kernels.tpa.contraction import launch
 
-    return launch.contract(_rows(a), _rows(b))
+    return launch.contract(last_axis_contiguous(a), last_axis_contiguous(b))
 
 
 @_contract.register_fake
@@ -135,7 +135,7 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 def _contract_backward(dx: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     from kernels.tpa.contraction import launch
 
-    return launch.contract_backward(dx.contiguous(), _rows(a), _rows(b))
+    return launch.contract_backward(dx.contiguous(), last_axis_contiguous(a), last_axis_contiguous(b))
 
 
 @_contract_backward.register_fake
@@ -153,7 +153,7 @@ _contract.register_autograd(
 def _rotate(b: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, backward: bool) -> Tensor:
     from kernels.tpa.contraction import launch
 
-    return launch.rotate(_rows(b), cos.contiguous(), sin.contiguous(), positions.contiguous(), backward)
+    return launch.rotate(last_axis_contiguous(b), cos.contiguous(), sin.contiguous(), positions.contiguous(), backward)
 
 
 @_rotate.register_fake
@@ -186,7 +186,7 @@ def _qkv(
     from kernels.tpa.contraction import launch
 
     tables = (cos.contiguous(), sin.contiguous(), positions.contiguous())
-    return launch.qkv(_rows(projection), *tables, ranks, heads, dims)
+    return launch.qkv(last_axis_contiguous(projection), *tables, ranks, heads, dims)
 
 
 @_qkv.register_fake
@@ -207,7 +207,7 @@ def _qkv_backward(
 ) -> Tensor:
     from kernels.tpa.contraction import launch
 
-    given = (dq.contiguous(), dk.contiguous(), dv.contiguous(), _rows(projection))
+    given = (dq.contiguous(), dk.contiguous(), dv.contiguous(), last_axis_contiguous(projection))
     return launch.qkv_backward(*given, cos.contiguous(), sin.contiguous(), positions.contiguous(), ranks)
 
 

@@ -24,8 +24,8 @@ def decode(
 
     `q` comes from `contract`, `b_k` is rotated. Row i has `lengths[i]` tokens, the new ones among them; what lies
     behind may be anything, and a length of 0 gives zeros. Without `pages` block i is the cache of row i (`size` is its
-    capacity); with it, block `pages[i, j]` (existing, also where unused) holds the tokens j * size to (j + 1) * size - 1
-    of row i. Head factors may be padded beyond `heads` (to a multiple of 8, for long loads). `scale` is 1 / sqrt(dim)
+    capacity); with it, block `pages[i, j]` (one that exists, also where unused) holds the tokens from j * size on of
+    row i. Head factors may be padded beyond `heads` (to a multiple of 8, for long loads). `scale` is 1 / sqrt(dim)
     by default.
 
     Raises ValueError for mixed dtypes, fewer head factors than heads, a table or lengths that do not fit, and as
