@@ -24,9 +24,9 @@ def tile(which: str, dtype: torch.dtype, dim: int, longest: int) -> Tile:
     """The tile of the forward kernel, or of "queries" or "keys" backward, not much longer than the sequences."""
     large = dim > 64 or dtype.itemsize > 2
     chosen = {
-        "forward": Tile(64, 64, 4, 2) if large else Tile(128, 64, 8, 2),
-        "queries": Tile(64, 32, 4, 2) if large else Tile(128, 64, 8, 2),
-        "keys": Tile(32, 64, 4, 2) if large else Tile(64, 64, 4, 2),
+        "forward": Tile(128, 32, 8, 2) if large else Tile(128, 64, 8, 2),
+        "queries": Tile(64, 32, 8, 2) if large else Tile(128, 64, 8, 2),
+        "keys": Tile(32, 64, 8, 2) if large else Tile(64, 64, 8, 2),
     }[which]
     fits = power_of_two(longest, 16)
     return chosen._replace(queries=min(chosen.queries, fits), keys=min(chosen.keys, fits))

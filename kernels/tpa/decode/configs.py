@@ -24,7 +24,9 @@ def tile(rows: int, rank: int) -> Tile:
     if 64 < rows <= 128:
         return Tile(128, 32, 8, 3)  # one pass over the shared factors instead of two
     height = min(64, power_of_two(rows, 16))
-    return Tile(height, 64, 4, 3) if rank == 1 else Tile(height, 32, 8, 3)
+    if rank > 1:
+        return Tile(height, 32, 8, 3)
+    return Tile(height, 64, 4 if height < 64 else 8, 3)
 
 
 def splits(batch: int, row_blocks: int, capacity: int, processors: int) -> int:

@@ -10,7 +10,7 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["splits", "chunk"])
+@triton.jit(do_not_specialize=["pages_row", "splits", "chunk"])
 def split_kernel(
     out, lse, q, a_k, b_k, a_v, b_v, lengths, pages,
     a_k_block, a_k_token, a_k_rank, b_k_block, b_k_token, b_k_rank,

@@ -1,10 +1,10 @@
-"""The ops are registered with PyTorch as it checks them, and compile as part of one graph."""
+"""The ops are registered with PyTorch as it checks them."""
 
 import pytest
 import torch
 
 from kernels import tpa
-from tests.kernels.tpa_cases import close, factor_pairs
+from tests.kernels.tpa_cases import factor_pairs
 
 FACTORS = {"heads": 2, "dims": (4, 4, 4), "ranks": (2, 1, 1), "dtype": torch.float32}
 
@@ -31,24 +31,3 @@ def cases() -> dict:
 def test_pytorch_agrees_with_the_registration(op):
     call, arguments = cases()[op]
     torch.library.opcheck(call.default, arguments)
-
-
-def layer(row, cos, sin, positions):
-    """Everything between two projections: split, rotation, contraction, attention on heads and on factors."""
-    parts = row.split([4, 8, 2, 4, 2, 4], -1)
-    a_q, b_q, a_k, b_k, a_v, b_v = (x.unflatten(-1, (-1, w)) for x, w in zip(parts, (2, 4) * 3))
-    b_q, b_k = (tpa.rotate(b, cos, sin, positions, impl="triton") for b in (b_q, b_k))
-    values = tpa.attention(a_q, b_q, a_k, b_k, a_v, b_v, impl="triton")
-    q, k, v = tpa.qkv(row, cos, sin, positions, (2, 1, 1), 2, (4, 4, 4), impl="triton")
-    return values.sin() + (q * k).sum(-1, keepdim=True) * v + tpa.contract(a_v, b_v, impl="triton")
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_layer_is_the_layer(backend, dynamic):
-    row, (cos, sin) = torch.randn(2, 5, 24, requires_grad=True), tpa.rotary_table(8, 4)
-    positions = torch.arange(5).expand(2, 5)
-    found = torch.compile(layer, fullgraph=True, backend=backend, dynamic=dynamic)(row, cos, sin, positions)
-    wanted = layer(row, cos, sin, positions)
-    close(found, wanted)
-    close(*(torch.autograd.grad(x.square().sum(), row)[0] for x in (found, wanted)))
