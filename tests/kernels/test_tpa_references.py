@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import kernels
 from kernels import tpa
 from kernels.tpa import dispatch
-from tests.kernels.tpa_cases import close, decoded, factor_pairs, materialised
+from tests.kernels.tpa_cases import close, decoded, factor_pairs, materialised, softmax_attention
 
 
 def test_a_contraction_is_the_mean_of_outer_products():
@@ -73,6 +74,55 @@ def test_constant_head_factors_decode_as_grouped_queries(groups):
     close(tpa.decode(q, a, k, a, v, torch.tensor([9, 9])), wanted.transpose(1, 2))
 
 
+def test_attention_is_the_definition():
+    six = factor_pairs(2, 9, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))
+    for causal in (True, False):
+        found = tpa.attention(*six, causal=causal)
+        for row in range(2):
+            q, k, v = (materialised(a[row], b[row]) for a, b in zip(six[::2], six[1::2]))
+            close(found[row], softmax_attention(q, k, v, causal))
+
+
+def test_prefill_in_pieces_is_prefill_at_once():
+    six = factor_pairs(2, 9, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))
+    pieces = [
+        tpa.attention(*(x[:, a:b] for x in six[:2]), *(x[:, :b] for x in six[2:])) for a, b in ((0, 1), (1, 7), (7, 9))
+    ]
+    close(torch.cat(pieces, 1), tpa.attention(*six))
+    q = tpa.contract(six[0][:, 8:], six[1][:, 8:])
+    close(tpa.decode(q, *six[2:], torch.tensor([9, 9])), tpa.attention(*six)[:, 8:])
+
+
+def test_rows_of_different_lengths_are_each_by_itself_and_empty_ones_zero():
+    six = [x.requires_grad_() for x in factor_pairs(3, 9, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))]
+    lengths = torch.tensor([9, 4, 0])
+    found = tpa.attention(*six, query_lengths=lengths, key_lengths=lengths)
+    close(found[1, :4], tpa.attention(*(x[1:2, :4] for x in six))[0])
+    assert (found[1, 4:] == 0).all()
+    assert (found[2] == 0).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(found.square().sum(), six))
+
+
+def test_packed_attention_is_attention_within_each_sequence():
+    six = factor_pairs(9, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))
+    starts = torch.tensor([0, 4, 4, 7])
+    found = tpa.packed_attention(*six, starts, starts, 4, 4)
+    for a, b in ((0, 4), (4, 7)):
+        close(found[a:b], tpa.attention(*(x[None, a:b] for x in six))[0])
+    assert (found[7:] == 0).all()
+
+
+def test_a_mask_decides_alone():
+    six = factor_pairs(1, 6, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))
+    documents = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = (documents[:, None] == documents).tril()[None, None]
+    starts = torch.tensor([0, 3, 6])
+    packed = tpa.packed_attention(*(x[0] for x in six), starts, starts, 3, 3)
+    close(tpa.attention(*six, mask=mask)[0], packed)
+    with pytest.raises(ValueError, match="give lengths or a mask, not both"):
+        tpa.attention(*six, mask=mask, key_lengths=torch.tensor([6]))
+
+
 def test_a_forced_kernel_is_refused_by_name_where_it_cannot_run():
     a, b = factor_pairs(7, heads=5, dims=(6,), ranks=(3,))
     reason = "not on a GPU" if dispatch.HAS_TRITON else "not installed"
@@ -80,6 +130,10 @@ def test_a_forced_kernel_is_refused_by_name_where_it_cannot_run():
         tpa.contract(a, b, impl="triton")
     with pytest.raises(ValueError, match="impl=cuda is none of auto, triton, torch"):
         dispatch.takes_kernel("contract", "cuda", None, a)
+
+
+def test_asking_for_what_the_distribution_of_that_name_has_is_no_error_of_ours():
+    assert not hasattr(kernels, "get_kernel")
 
 
 def test_bad_input_is_refused_by_name():

@@ -25,7 +25,7 @@ def tile(which: str, dtype: torch.dtype, dim: int, longest: int) -> Tile:
     large = dim > 64 or dtype.itemsize > 2
     chosen = {
         "forward": Tile(128, 32, 8, 2) if large else Tile(128, 64, 8, 2),
-        "queries": Tile(64, 32, 8, 2) if large else Tile(128, 64, 8, 2),
+        "queries": Tile(64, 32, 4, 2) if large else Tile(128, 64, 8, 2),
         "keys": Tile(32, 64, 8, 2) if large else Tile(64, 64, 8, 2),
     }[which]
     fits = power_of_two(longest, 16)

@@ -31,18 +31,17 @@ def decode(
     if pages is not None:
         a_k, b_k, a_v, b_v = (unpaged(x, pages) for x in (a_k, b_k, a_v, b_v))
     dtype, (rank_k, rank_v), kept = wide(q.dtype), (a_k.shape[2], a_v.shape[2]), a_k.shape[1]
-    # [batch, heads, new, kept, rank] from here on; what lies past the lengths may be anything, NaN too
-    a_k, a_v = (x[..., :heads].to(dtype).permute(0, 3, 1, 2).unsqueeze(2) for x in (a_k, a_v))
-    keys = torch.arange(kept, device=q.device)
-    steps = torch.arange(new, device=q.device)
-    seen = (keys < (lengths[:, None] - new + 1 + steps)[..., None])[:, None]
-    per_rank = q.to(dtype).transpose(1, 2).flatten(1, 2) @ b_k.to(dtype).flatten(1, 2).mT
-    logits = (per_rank.view(batch, heads, new, kept, rank_k) * a_k).sum(-1) * ((scale or dim**-0.5) / rank_k)
-    logits = logits.masked_fill(~seen, -torch.inf)
-    # a row that sees nothing has weights 0, not 0 / 0
-    weights = (logits - logits.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)).exp()
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-    per_rank = (weights[..., None] * a_v).masked_fill(~seen[..., None], 0).flatten(3).flatten(1, 2)
+    # [batch, kept, rank, new, heads] from here on, as the cache lies; past the lengths there may be anything, NaN too
+    a_k, a_v = (x[..., None, :heads].to(dtype) for x in (a_k, a_v))
+    keys, steps = (torch.arange(n, device=q.device) for n in (kept, new))
+    hidden = (keys[:, None] > (lengths[:, None] - new + steps)[:, None])[..., None]
+    scores = b_k.to(dtype).flatten(1, 2) @ q.to(dtype).flatten(1, 2).mT
+    logits = (scores.view(batch, kept, rank_k, new, heads) * a_k).sum(2) * ((scale or dim**-0.5) / rank_k)
+    logits = logits.masked_fill(hidden, -torch.inf)
+    # a query that sees nothing has weights 0, not 0 / 0
+    weights = (logits - logits.amax(1, keepdim=True).clamp(min=torch.finfo(dtype).min)).exp()
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    weights = (weights.unsqueeze(2) * a_v).masked_fill(hidden.unsqueeze(2), 0)
     b_v = b_v.to(dtype).masked_fill((keys >= lengths[:, None])[..., None, None], 0)
-    values = (per_rank @ b_v.flatten(1, 2)).view(batch, heads, new, -1) / rank_v
-    return values.transpose(1, 2).to(q.dtype)
+    values = weights.view(batch, kept * rank_v, new * heads).mT @ b_v.flatten(1, 2)
+    return (values.view(batch, new, heads, -1) / rank_v).to(q.dtype)
