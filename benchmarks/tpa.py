@@ -238,13 +238,9 @@ def contractions(machine: Machine, size: Size, batch: int, tokens: int) -> Itera
         ways = {"Triton": functools.partial(tpa.qkv, row, *rest), "PyTorch compiled": torch.compile(reference)}
         ways["PyTorch"] = reference
     moved = (row.numel() + batch * tokens * 3 * size.tpa * DIM) * itemsize(machine)
-    flops = 2 * batch * tokens * sum(size.ranks) * size.tpa * DIM
     forward = [Job(name, torch.no_grad()(run), moved, 0.0) for name, run in ways.items()]
     yield from machine.compare("contract forward", size.name, batch * tokens, forward)
-    both = [
-        Job(name, functools.partial(trained, run, row), 3 * moved, 0.0 * flops, saved(run))
-        for name, run in ways.items()
-    ]
+    both = [Job(name, functools.partial(trained, run, row), 3 * moved, 0.0, saved(run)) for name, run in ways.items()]
     yield from machine.compare("contract both", size.name, batch * tokens, both)
 
 
@@ -364,6 +360,9 @@ def figure(rows: list[Row], path: Path) -> None:
         left.plot([row.tokens for row in points], [row.ms for row in points], marker="o", label=method)
         left.fill_between([r.tokens for r in points], [r.ms_20 for r in points], [r.ms_80 for r in points], alpha=0.15)
     left.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="ms for one decoding step of a layer")
+    cached = sorted({row.tokens for row in last})
+    left.set_xticks(cached, [f"{tokens:,}" for tokens in cached])
+    left.set_xticks([], minor=True)
     left.legend(fontsize=7)
     bytes_kept = {row.method.split(",")[0]: row.kept for row in last}
     right.barh(list(bytes_kept), list(bytes_kept.values()))

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 from kernels import tpa
 from kernels.tpa import dispatch
 from tests.kernels.tpa_cases import close, decoded, factor_pairs, materialised, softmax_attention
@@ -132,8 +131,12 @@ def test_a_forced_kernel_is_refused_by_name_where_it_cannot_run():
         dispatch.takes_kernel("contract", "cuda", None, a)
 
 
-def test_asking_for_what_the_distribution_of_that_name_has_is_no_error_of_ours():
-    assert not hasattr(kernels, "get_kernel")
+def test_the_distribution_of_the_same_name_is_named_where_it_is_asked_for(monkeypatch, tmp_path):
+    (tmp_path / "kernels-0.18.2.dist-info").mkdir()
+    (tmp_path / "kernels-0.18.2.dist-info" / "METADATA").write_text("Name: kernels\nVersion: 0.18.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"Hugging Face for get_kernel, .* `pip uninstall kernels`"):
+        from kernels import get_kernel  # noqa: F401
 
 
 def test_bad_input_is_refused_by_name():
