@@ -1,12 +1,21 @@
 """Every public shape is checked while the tests run: jaxtyping annotations through beartype, free at run time."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
-install_import_hook(["lightning_modules", "datamodules"], "beartype.beartype").__enter__()
+
+def _typed_kernels() -> list[str]:
+    """The modules of `kernels` that hold no Triton source, which is no Python that a checker could run."""
+    root = Path(__file__).parents[1]
+    paths = [path for path in root.glob("kernels/**/*.py") if path.name not in ("kernels.py", "__init__.py")]
+    return [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+
+
+install_import_hook(["lightning_modules", "datamodules", *_typed_kernels()], "beartype.beartype").__enter__()
 torch.set_num_threads(1)  # small tensors: a second thread costs more than it brings
 
 
