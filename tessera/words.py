@@ -111,7 +111,7 @@ def _wrong_choice(override: Override, known: dict[str, dict[str, str]], multirun
 
 def _first_choice(override: Override) -> list[str]:
     values = _choices(override)
-    return [f"{override.key_or_group}={values[0]}"] if values else []
+    return [f"{override.get_key_element()}={values[0]}"] if values else []
 
 
 def _composed(words: list[str], found: list[str]) -> DictConfig | None:

@@ -27,7 +27,8 @@ class LanguageModel(Method):
 
     The datamodule says how many bytes of text a token is, which makes losses comparable between tokenizers (bits per
     byte), and turns tokens into text. `samples` has the number of continuations that a test leaves, their length in
-    tokens, and temperature and top_k of the sampling. `compile` has torch.compile make programs of the network.
+    tokens, and temperature and top_k of the sampling. `context` is the number of tokens in a window. `compile` has
+    torch.compile make programs of the network.
     """
 
     batch_type: ClassVar[type] = WindowBatch
@@ -48,6 +49,7 @@ class LanguageModel(Method):
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., float],
         samples: dict[str, Any],
+        context: int,
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, scheduler)
@@ -59,7 +61,12 @@ class LanguageModel(Method):
         if compile:
             self.network.compile()  # in place, so that checkpoints keep their names
         self.samples = samples
-        self.held_out = TokenLoss(self.network.context)
+        self.context = context
+        if context > self.network.context:
+            raise ValueError(
+                f"data.context={context} exceeds the network's context of {self.network.context}: lower it"
+            )
+        self.held_out = TokenLoss(context)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"network": self.network}
@@ -72,7 +79,7 @@ class LanguageModel(Method):
 
     def rates(self, units_per_s: float) -> dict[str, float]:
         """Tokens per second, and the share of the device's peak that they are, where that is known."""
-        flops = self.network.flops_per_token(self.network.context)
+        flops = self.network.flops_per_token(self.context)
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         dtype = torch.bfloat16 if self.trainer.precision.startswith("bf16") else torch.float32
         used = mfu(units_per_s / self.trainer.world_size, flops, name, dtype)
@@ -105,7 +112,7 @@ class LanguageModel(Method):
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
-        for name, value in self.network.costs(self.network.context).items():
+        for name, value in self.network.costs(self.context).items():
             self.log(self.metric(f"test/{name}"), value)
         self._write_samples()
 

@@ -90,6 +90,16 @@ def test_the_export_is_the_network_that_was_tested(alone):
     assert sum(p.numel() for p in model.parameters()) == weights(alone).numel()
 
 
+def test_training_goes_on_from_the_export(alone, tmp_path):
+    words = [word for word in TINY if not word.startswith("model.network.")]
+    source = ["network@model.network=gpt2_pretrained", f"model.network.source={alone / 'export'}"]
+    command = [sys.executable, train.__file__, *words, *source, "optimizer.lr=1e-5", f"output={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.glob("gpt2/*/*")
+    assert column(run)[0] == pytest.approx(column(alone)[-1], abs=0.3)
+
+
 def test_validation_is_over_every_token_whatever_the_batches(alone, tmp_path):
     other = carried_out(tmp_path, "data.batch_size=8", "trainer.accumulate_grad_batches=4")
     assert column(other, "val-standin/loss") == pytest.approx(column(alone, "val-standin/loss"), abs=1e-6)

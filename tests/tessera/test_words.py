@@ -46,6 +46,7 @@ def test_all_problems_of_a_command_line_are_found_together():
 def test_sound_words_have_no_problems():
     assert problems(["model=rft", "data=math", "policy=smollm2", "optimizer.lr=1e-4", "trainer.max_steps=20"]) == []
     assert problems(["model=sft,rft", "seed=1,2"], multirun=True) == []
+    assert problems(["model=gpt2", "network@model.network=gpt2_small"]) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}={path.stem}")
