@@ -96,8 +96,8 @@ def test_training_goes_on_from_the_export(alone, tmp_path):
     command = [sys.executable, train.__file__, *words, *source, "optimizer.lr=1e-5", f"output={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-    (run,) = tmp_path.glob("gpt2/*/*")
-    assert column(run)[0] == pytest.approx(column(alone)[-1], abs=0.3)
+    (results,) = tmp_path.glob("gpt2/*/*/results.json")
+    assert column(results.parent)[0] == pytest.approx(column(alone)[-1], abs=0.3)
 
 
 def test_validation_is_over_every_token_whatever_the_batches(alone, tmp_path):
