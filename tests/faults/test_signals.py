@@ -150,7 +150,7 @@ def test_a_killed_process_is_named_and_takes_the_others_with_it(start, outputs):
 
 
 def test_a_process_that_hangs_is_named_with_where_it_was(start):
-    running = start(*LONG, "trainer=ddp", *TWO, "trainer.timeout_minutes=0.25", "trainer.grace_minutes=0.05")
+    running = start(*LONG, "trainer=ddp", *TWO, "trainer.timeout_minutes=0.1", "trainer.grace_minutes=0.05")
     running.until(lambda: running.step() >= 5)
     os.kill(running.rank(1), signal.SIGSTOP)
     status, err = running.ended()

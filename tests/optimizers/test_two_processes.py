@@ -109,10 +109,12 @@ SMALLEST = (
     *("data.standin={sft: 64, prompts: 8, val: 4, test: 4, misconception: 0.6, slip: 0.0}", "trainer.max_steps=6"),
 )
 TWO = ("trainer=fsdp", "trainer.accelerator=cpu", "trainer.devices=2")
-SLOW = ("mars_exact", "mars_lion", "mars_shampoo", "muon", "adam_pp", "adagrad_pp")
+# every commit trains T6 with MARS on two sharded processes (tests/language/test_t6_training.py)
+NAMES = ("mars", "mars_exact", "mars_lion", "mars_shampoo", "muon", "adam_pp", "adagrad_pp")
 
 
-@pytest.mark.parametrize("name", ["mars", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_the_platform_trains_on_two_sharded_processes_as_on_one(name, tmp_path):
     curves = []
     for words in ((), TWO):
