@@ -99,7 +99,7 @@ class Method(L.LightningModule):
 
     @property
     def logs_now(self) -> bool:
-        """Whether what is logged in this step is written: asking a logger costs a small network's step a tenth."""
+        """Whether what is logged in this step is written: a small network's step is too short to ask a logger."""
         return self.trainer._logger_connector.should_update_logs
 
     # Optimisation

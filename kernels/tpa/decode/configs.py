@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from kernels.tpa.contraction.configs import power_of_two
 
 LEAST_SPLIT = 512  # cached tokens: below that writing and reading a split's result costs more than it wins
@@ -33,3 +35,8 @@ def splits(batch: int, row_blocks: int, capacity: int, processors: int) -> int:
     """Into how many pieces the cache is dealt out, by what it can hold: two programs for each multiprocessor."""
     wanted = -(-2 * processors // (batch * row_blocks))
     return max(1, min(wanted, MOST_SPLITS, -(-capacity // LEAST_SPLIT)))
+
+
+def capacity(a_k: Tensor, pages: Tensor | None) -> int:
+    """Tokens that there is room for in a row."""
+    return a_k.shape[1] * (1 if pages is None else pages.shape[1])

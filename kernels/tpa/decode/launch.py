@@ -27,7 +27,7 @@ def decode(
         return out
     tile = configs.tile(rows, max(a_k.shape[2], a_v.shape[2]))
     blocks = -(-rows // tile.rows)
-    splits = splits or configs.splits(batch, blocks, capacity(a_k, pages), _processors(q.device))
+    splits = splits or configs.splits(batch, blocks, configs.capacity(a_k, pages), _processors(q.device))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     # of one split the part is the result
     part = q.new_empty(batch, splits, rows, value, dtype=wide) if splits > 1 else out
@@ -54,7 +54,7 @@ def split_arguments(
     """What `split_kernel` takes after its outputs, and its constants, none of which depends on a length."""
     _, new, heads, dim = q.shape
     value, tile = b_v.shape[3], configs.tile(new * heads, max(a_k.shape[2], a_v.shape[2]))
-    per_split = -(-capacity(a_k, pages) // splits)
+    per_split = -(-configs.capacity(a_k, pages) // splits)
     strides = (stride for x in (a_k, b_k, a_v, b_v) for stride in x.stride()[:3])
     table, pages_row = (lengths, 0) if pages is None else (pages, pages.stride(0))
     given = (q, a_k, b_k, a_v, b_v, lengths, table, *strides, pages_row, splits, -(-per_split // tile.keys) * tile.keys)
@@ -66,11 +66,6 @@ def split_arguments(
         **{"ACC": accumulator(q.dtype), "DOT": product(q.dtype)},
         **{"num_warps": tile.warps, "num_stages": tile.stages},
     }
-
-
-def capacity(a_k: Tensor, pages: Tensor | None) -> int:
-    """Tokens that there is room for in a row."""
-    return a_k.shape[1] * (1 if pages is None else pages.shape[1])
 
 
 def _processors(device: torch.device) -> int:

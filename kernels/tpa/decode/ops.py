@@ -36,13 +36,8 @@ def decode(
     cache = (a_k, b_k, a_v, b_v)
     if not takes_kernel("decode", impl, _unsupported(q, *cache), q, *cache):
         return reference.decode(q, *cache, lengths, pages, scale)
-    lengths = lengths.clamp(0, _capacity(a_k, pages))
+    lengths = lengths.clamp(0, configs.capacity(a_k, pages))
     return torch.ops.tessera.tpa_decode(q, *cache, lengths, pages, scale, 0)
-
-
-def _capacity(a_k: Tensor, pages: Tensor | None) -> int:
-    """Tokens for which a row has room."""
-    return a_k.shape[1] * (1 if pages is None else pages.shape[1])
 
 
 def _refuse(
@@ -61,7 +56,7 @@ def _refuse(
     # a look at lengths on a GPU waits for it, and breaks a compiled graph; there they are clamped
     if lengths.is_cuda or torch.compiler.is_compiling() or not lengths.numel():
         return
-    capacity = _capacity(a_k, pages)
+    capacity = configs.capacity(a_k, pages)
     if lengths.max() > capacity or lengths.min() < 0:
         raise ValueError(f"decode: lengths={lengths.tolist()} do not fit a cache of {capacity} tokens a row")
 
