@@ -12,13 +12,27 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """A problem as the policy sees it: its tokens, and the gold answer that a scorer compares with."""
+    """What the policy answers: its text and tokens, and the gold answer that a scorer compares with.
+
+    A conversation also has its `messages`, the last of which is the user's, and `script`: what the user says next,
+    whatever is answered.
+    """
 
     id: str
     question: str
     gold: str
     ids: list[int]
+    messages: tuple[Message, ...] = ()
+    script: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,23 @@ class Trajectory:
     extracted: str | None
     reward: float
     step_rewards: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to one prompt, as tokens with their end, and what is known of which one is better.
+
+    `label` in [0, 1] is the probability that the first is better than the second. `value` is, for each of them, its
+    mean outcome against the answers it was compared with: a probability of winning, a mean score or a return, as the
+    method's loss reads it. `lp_ref` are the log-probabilities (nats) of the reference, a number per response token.
+    """
+
+    prompt_id: str
+    prompt_ids: list[int]
+    responses: tuple[list[int], list[int]]
+    label: float = 1.0
+    value: tuple[float, float] | None = None
+    lp_ref: tuple[list[float], list[float]] | None = None
 
 
 class TokenBatch(TypedDict):
@@ -94,9 +125,15 @@ class TrajectoryBatch(TypedDict):
 
 
 class PreferenceBatch(TypedDict):
-    """Two responses to one prompt; `label` in [0, 1] is the probability that the first is the better one."""
+    """Two responses to one prompt; `label` in [0, 1] is the probability that the first is the better one.
+
+    `lp_ref` (nats, zero outside `mask`) and `value` are as in `Pair`, where all pairs of the batch have them. Every
+    micro-batch of a step has the same number of pairs: a mean over them is a mean over the global batch.
+    """
 
     ids: Int[Tensor, "batch 2 length"]
     mask: Bool[Tensor, "batch 2 length-1"]
     label: Float[Tensor, " batch"]
     token_share: Float[Tensor, ""]
+    lp_ref: NotRequired[Float[Tensor, "batch 2 length-1"]]
+    value: NotRequired[Float[Tensor, "batch 2"]]

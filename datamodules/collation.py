@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from datamodules.batches import PreferenceBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import Pair, PreferenceBatch, TokenBatch, Trajectory, TrajectoryBatch
 
 Row = tuple[list[int], list[int]]  # prompt and response
 
@@ -39,17 +39,22 @@ def trajectory_batch(rows: Sequence[Trajectory], pad: int, token_share: float, m
     )
 
 
-def preference_batch(
-    pairs: Sequence[tuple[Trajectory, ...]], pad: int, token_share: float, multiple: int = 1
-) -> PreferenceBatch:
-    """Pairs with the better response first."""
-    ids, mask, _ = _laid_out([[(t.prompt_ids, t.response_ids)] for pair in pairs for t in pair], pad, multiple)
-    return PreferenceBatch(
+def preference_batch(pairs: Sequence[Pair], pad: int, token_share: float, multiple: int = 1) -> PreferenceBatch:
+    """Two rows a pair, right-padded; `lp_ref` and `value` are there when all pairs have them."""
+    ids, mask, _ = _laid_out(
+        [[(pair.prompt_ids, response)] for pair in pairs for response in pair.responses], pad, multiple
+    )
+    batch = PreferenceBatch(
         ids=ids.unflatten(0, (-1, 2)),
         mask=mask.unflatten(0, (-1, 2)),
-        label=torch.ones(len(pairs)),
+        label=torch.tensor([pair.label for pair in pairs], dtype=torch.float32),
         token_share=_scalar(token_share),
     )
+    if all(pair.lp_ref is not None for pair in pairs):
+        batch["lp_ref"] = _spread([lp for pair in pairs for lp in pair.lp_ref], mask).unflatten(0, (-1, 2))
+    if all(pair.value is not None for pair in pairs):
+        batch["value"] = torch.tensor([pair.value for pair in pairs], dtype=torch.float32)
+    return batch
 
 
 def padded_length(tokens: int, multiple: int) -> int:

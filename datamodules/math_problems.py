@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
-from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
 from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
@@ -76,6 +76,7 @@ class MathProblems(L.LightningDataModule):
             self.parts["test"] = self.parts["val"]
         self.responses, self.held_out_responses = self._offline(trajectories, limit)
         self.trajectories: list[Trajectory] = []
+        self.pairs: list[Pair] = []
         self.held_out: list[Trajectory] = []
 
     @property
@@ -187,12 +188,14 @@ class MathProblems(L.LightningDataModule):
         )
 
     def _pairs(self) -> DataLoader:
-        self.trajectories = self.method.keep(self._trajectories())
-        pairs = preference_pairs(self.trajectories, self.seed)
-        rows = [(right.prompt_ids, max(right.response_ids, wrong.response_ids, key=len), right, wrong)
-                for right, wrong in pairs]  # fmt: skip
+        if self.method.labels:
+            self.pairs = self.method.iterate(self._prompts("prompts"), self._identity(), self.cache)
+        else:
+            self.trajectories = self.method.keep(self._trajectories())
+            self.pairs = preference_pairs(self.trajectories, self.seed)
+        rows = [(pair.prompt_ids, max(pair.responses, key=len), pair) for pair in self.pairs]
         return self._loader(
-            rows, lambda chosen, share: preference_batch([r[2:] for r in chosen], self.pad, share, self.multiple)
+            rows, lambda chosen, share: preference_batch([row[2] for row in chosen], self.pad, share, self.multiple)
         )
 
     def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
@@ -213,11 +216,14 @@ class MathProblems(L.LightningDataModule):
         if self.responses:
             trajectories = self._scored(self.responses)
         else:
-            identity = {"data": self.fingerprint, "scorer": self.scorer.version, "template": self.template}
-            trajectories = self.method.rollout(self._prompts("prompts"), identity, self.cache)
+            trajectories = self.method.rollout(self._prompts("prompts"), self._identity(), self.cache)
         if self.method.imitates_solutions:
             trajectories = [*trajectories, *self._scored([self._given(problem) for problem in self.parts["prompts"]])]
         return self._with_step_rewards([t for t in trajectories if t.response_ids])
+
+    def _identity(self) -> dict[str, str]:
+        """What decides about sampled answers beside prompts, policy and sampler."""
+        return {"data": self.fingerprint, "scorer": self.scorer.version, "template": self.template}
 
     def _given(self, problem: Problem) -> Response:
         """The data's own solution as a right answer."""
@@ -276,7 +282,7 @@ class MathProblems(L.LightningDataModule):
         return [DataLoader([trajectory_batch(part, self.pad, 1.0) for part in cut], batch_size=None)]
 
 
-def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[tuple[Trajectory, Trajectory]]:
+def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[Pair]:
     """(correct, incorrect) pairs of one problem without replacement, six at most (arXiv 2412.16145, appendix A)."""
     by_prompt: dict[str, tuple[list[Trajectory], list[Trajectory]]] = {}
     for trajectory in trajectories:
@@ -285,8 +291,13 @@ def preference_pairs(trajectories: Sequence[Trajectory], seed: int) -> list[tupl
     pairs = []
     for right, wrong in by_prompt.values():
         count = min(len(right), len(wrong), PAIRS_PER_PROMPT)
-        pairs += zip(generator.sample(right, count), generator.sample(wrong, count))
+        pairs += map(_pair, generator.sample(right, count), generator.sample(wrong, count))
     return pairs
+
+
+def _pair(right: Trajectory, wrong: Trajectory) -> Pair:
+    responses, lp_ref = (right.response_ids, wrong.response_ids), (right.lp_ref, wrong.lp_ref)
+    return Pair(right.prompt_id, right.prompt_ids, responses, lp_ref=lp_ref)
 
 
 def _split(rows: Sequence[Any], apart: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:

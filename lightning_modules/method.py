@@ -73,6 +73,10 @@ class Method(L.LightningModule):
         """Units of work in a micro-batch, for the throughput log; the first tensor's rows unless overridden."""
         return len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
+    def meet(self, data: L.LightningDataModule) -> None:
+        """Look at the data before the trainer is made; what is measured, such as `headline`, may depend on it."""
+        self.standin = getattr(data, "standin", False)
+
     # Names of metrics: results on a stand-in carry the word wherever they appear
 
     def metric(self, name: str) -> str:

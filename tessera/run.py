@@ -193,7 +193,7 @@ def _execute(plan: Plan, folder: RunFolder) -> None:
         print(f"{plan.name} on {plan.data.name} -> {folder.path}", flush=True)
     L.seed_everything(config.seed, verbose=False)
     method: Method = instantiate(config.model, _convert_="all")
-    method.standin = getattr(plan.data, "standin", False)
+    method.meet(plan.data)
     method.train()  # transformers loads in eval mode
     world = ranks.world_size()
     trainer = build.trainer(config, method, folder.path, plan.name, world)

@@ -46,6 +46,7 @@ class PolicyMethod(Method):
         "The policy in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has every answer."
     )
     imitates_solutions = False  # whether the data's own solutions join the sampled answers
+    labels: ClassVar[bool] = False  # whether it samples pairs of responses and has its oracle label them, `iterate`
     judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 
     def __init__(

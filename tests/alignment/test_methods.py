@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -185,13 +186,18 @@ def test_rft_keeps_each_correct_answer_once_and_says_when_there_is_none():
 
 def test_pairs_are_of_one_problem_without_replacement_and_at_most_six():
     rows = [trajectory(0, i, float(i < 9)) for i in range(16)] + [trajectory(1, i, float(i < 2)) for i in range(8)]
+    rows = [replace(row, lp_ref=[float(row.sample)] * 3) for row in rows]  # to know it again
     pairs = preference_pairs([*rows, trajectory(2, 0, 1.0)], seed=3)
-    assert [right.prompt_id for right, _ in pairs] == ["p0"] * 6 + ["p1"] * 2
-    assert all(right.reward == 1 and wrong.reward == 0 for right, wrong in pairs)
-    assert len({right.sample for right, _ in pairs[:6]}) == 6
+    assert [pair.prompt_id for pair in pairs] == ["p0"] * 6 + ["p1"] * 2
+    samples = [tuple(int(lp[0]) for lp in pair.lp_ref) for pair in pairs]
+    assert all(right < 9 <= wrong for right, wrong in samples[:6])
+    assert all(right < 2 <= wrong for right, wrong in samples[6:])
+    assert len({right for right, _ in samples[:6]}) == 6
     batch = preference_batch(pairs, 0, 1.0)
     assert batch["ids"].shape == (8, 2, 6)
     assert batch["label"].tolist() == [1.0] * 8
+    assert batch["lp_ref"][0, 0].tolist() == [0, *pairs[0].lp_ref[0], 0]
+    assert "value" not in batch
 
 
 def test_the_outcome_sits_on_the_last_response_token_beside_the_step_rewards():
@@ -199,8 +205,6 @@ def test_the_outcome_sits_on_the_last_response_token_beside_the_step_rewards():
     batch = trajectory_batch([row, trajectory(3, 0, 0.0, (4, 1))], 0, 1.0)
     assert batch["rewards"].tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6]
     assert batch["lp_ref"][1].tolist() == [0, 0, 0, 0, -2, -2]
-    from dataclasses import replace
-
     shaped = trajectory_batch([replace(row, step_rewards=[0.5, 0.0, -0.25])], 0, 1.0)
     assert shaped["rewards"].tolist() == [[0, 0.5, 0, 0.75]]
 
