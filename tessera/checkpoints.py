@@ -30,14 +30,14 @@ def sha256(path: Path) -> str:
 def write_whole(path: Path, write: Any) -> dict[str, Any]:
     """Call `write(file)` on a file beside `path`, sync it and rename it: readers see the old bytes or all the new.
 
-    Returns what a manifest records: bytes and sha256.
+    Returns what a manifest records: bytes and sha256. The new name is sure to survive a power cut once the folder is
+    synced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}{BESIDE}")
     try:
         entry = write_through(beside, write)
         os.replace(beside, path)
-        sharded.sync(path.parent)
         return entry
     finally:
         beside.unlink(missing_ok=True)
@@ -48,6 +48,7 @@ def write_text(path: Path, text: str) -> None:
     content = text.encode()
     with room_for(path, len(content)):
         write_whole(path, lambda file: file.write(content))
+    sharded.sync(path.parent)
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -78,6 +79,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         sharded.remove(path)
         with room_for(path, size(checkpoint)):
             entry = write_whole(path, lambda file: save(checkpoint, file))
+        # the folder is synced once for both, by the manifest: an entry without its file is no checkpoint
         self.enter(path, {"step": checkpoint["global_step"]} | entry)
 
     def enter(self, path: Path, entry: dict[str, Any]) -> None:

@@ -42,4 +42,5 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Float[Tensor, "batch steps width"]) -> Float[Tensor, "batch steps"]:
         """Values in float32."""
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.linear(hidden.float()).squeeze(-1)
+            # FSDP2 hangs its backward hook on what is returned, which a view could lose
+            return self.linear(hidden.float()).squeeze(-1).clone()
