@@ -4,8 +4,8 @@ Whole networks of the paper's sizes, at about equal parameters, with untrained w
 pieces until its caches hold as many as asked, then adds tokens one by one, as `generate` does. All of them do so in
 turn, from the same length again, so what else the machine does hits all alike. Printed are the tokens per second of one
 row (median with the 20th and 80th percentile), the seconds that reading the text took, and the bytes that the caches
-keep of a token. On a CPU seconds are those of the processor, which other jobs hardly change, and those of the wall stand
-beside them; on a GPU attention in factors is measured with its kernels and without. Writes a CSV.
+keep of a token. On a CPU seconds are those of the processor, which other jobs change less than the wall's, and those
+of the wall stand beside them; on a GPU attention in factors is measured with its kernels and without. Writes a CSV.
 """
 
 import argparse

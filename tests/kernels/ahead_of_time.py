@@ -1,8 +1,8 @@
 """Compiles the kernels at their configured tiles for an H100 or H200: `python -m tests.kernels.ahead_of_time`.
 
 Needs no GPU. Prints one JSON line for each: registers of a thread, bytes of stack and of shared memory, matrix
-instructions, whether it asserts, and the rows of its tile; then how often a growing cache would compile its kernel. `--quick` takes one
-size and one precision.
+instructions, whether it asserts, and the rows of its tile; then how often a growing cache would compile its kernel.
+`--quick` takes one size and one precision.
 """
 
 import inspect

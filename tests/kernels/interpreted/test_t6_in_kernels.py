@@ -100,3 +100,12 @@ def test_few_tokens_that_want_a_gradient_are_read_without_the_kernel():
         network(ids[:, 9:], targets[:, 9:], caches=caches).sum().backward()
     for found, expected in zip(ours.parameters(), theirs.parameters()):
         close(found.grad, expected.grad)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5)], ids=str)
+def test_nothing_to_read_leaves_nothing_and_no_nan(shape):
+    nothing = torch.zeros(shape, dtype=torch.long)
+    for network in both():
+        assert network(nothing).shape[:2] == shape
+        network(nothing, nothing).sum().backward()
+        assert all((parameter.grad == 0).all() for parameter in network.parameters())
