@@ -27,7 +27,7 @@ class Cache:
         """
         end = self.length + new[0].shape[1]
         if end > self.capacity:
-            raise ValueError(f"a cache with room for {self.capacity} tokens cannot keep {end}")
+            raise ValueError(f"a cache with room for {self.capacity} tokens cannot keep {end}: give it more")
         if not self._kept:
             self._kept = tuple(x.new_empty(x.shape[0], self.capacity, *x.shape[2:]) for x in new)
         for kept, x in zip(self._kept, new):

@@ -147,7 +147,10 @@ class Decoder(nn.Module):
     ) -> tuple[Int[Tensor, "_ length"], Bool[Tensor, "batch 1 length kept"] | None]:
         """The position of each token from `begin` to `end` in its text, and what it sees where that is not all."""
         if end > self.context:
-            raise ValueError(f"a sequence of {end} tokens exceeds the network's context of {self.context}")
+            raise ValueError(
+                f"a sequence of {end} tokens exceeds the network's context of {self.context}: give it fewer, or train "
+                "with a longer data.context"
+            )
         if positions is not None:
             if cached or padding is not None:
                 raise ValueError(
@@ -156,7 +159,10 @@ class Decoder(nn.Module):
                 )
             # of a GPU's numbers nothing is asked, which would wait for it
             if device.type == "cpu" and not torch.compiler.is_compiling() and positions.max() >= self.context:
-                raise ValueError(f"position {positions.max()} is beyond the network's context of {self.context}")
+                raise ValueError(
+                    f"position {positions.max()} is beyond the network's context of {self.context}: count "
+                    "from 0 in each document"
+                )
             return positions, document_mask(positions)
         places = torch.arange(begin, end, device=device)[None]
         if padding is None:

@@ -5,11 +5,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from kernels.tpa.dispatch import Impl
 from lightning_modules.language import tensor_product as tpa
 from lightning_modules.language import weights
 from lightning_modules.language.attention import Attention
@@ -43,7 +44,8 @@ class T6(Decoder):
     `orders` d_b and d_c (tpa_third_order), `latents` of queries and of keys and values with `rotary_width` (mla).
     `rope_sign` -1 is that of the authors' code, +1 Llama's; `rope_table` is the precision of cosines and sines, float32
     or bfloat16 as in that code. `init` of the factors is "official" or "xavier". `hidden` of the SwiGLU is 8 width / 3
-    by default. Norms have no gains and the precision's eps, but with `norm_gain` and `norm_eps`.
+    by default. Norms have no gains and the precision's eps, but with `norm_gain` and `norm_eps`. `impl` is which way
+    attentions with factors go: "auto" takes their Triton kernels on a GPU, "torch" never, "triton" or not at all.
     Raises ValueError for what is no size, and for sizes that do not fit each other.
     """
 
@@ -73,6 +75,7 @@ class T6(Decoder):
         tied: bool = True,
         pad_vocabulary_to: int = 64,
         loss_chunk: int | None = None,
+        impl: Impl = "auto",
     ) -> None:
         config = {
             "vocab_size": vocab_size, "context": context, "layers": layers, "width": width,
@@ -82,13 +85,14 @@ class T6(Decoder):
             "rope_table": rope_table, "init": init, "hidden": hidden, "norm_gain": norm_gain, "norm_eps": norm_eps,
             "tied": tied, "pad_vocabulary_to": pad_vocabulary_to,
         }  # fmt: skip
-        _check(config)
+        _check({**config, "impl": impl})
 
         def norm() -> nn.Module:
             return nn.RMSNorm(width, norm_eps, elementwise_affine=norm_gain)
 
         blocks = [
-            Block(norm(), _attention(config), norm(), MLP(width, "swiglu", False, 0.0, hidden)) for _ in range(layers)
+            Block(norm(), _attention(config, impl), norm(), MLP(width, "swiglu", False, 0.0, hidden))
+            for _ in range(layers)
         ]
         super().__init__(
             vocab_size, context, width, blocks, norm(), False, 0.0, tied, pad_vocabulary_to, loss_chunk=loss_chunk
@@ -140,7 +144,7 @@ def _read(file: Path) -> dict[str, Any]:
     raise ValueError(f"{file} is not of a T6, whose model_type is t6: give a folder that T6.export wrote")
 
 
-def _attention(config: dict[str, Any]) -> Attention:
+def _attention(config: dict[str, Any], impl: Impl) -> Attention:
     kind, width, heads, head_width = (config[name] for name in ("attention", "width", "heads", "head_width"))
     table = {"float32": None, "bfloat16": torch.bfloat16}[config["rope_table"]]
     turn = partial(rotate, base=config["rope_base"], sign=config["rope_sign"], table_dtype=table)
@@ -149,13 +153,14 @@ def _attention(config: dict[str, Any]) -> Attention:
     if kind == "mla":
         return LatentAttention(width, heads, head_width, tuple(config["latents"]), config["rotary_width"], turn)
     orders = {"orders": tuple(config["orders"])} if kind == "tpa_third_order" else {}
-    factored = TENSOR_PRODUCTS[kind]
-    return factored(width, heads, head_width, tuple(config["ranks"]), turn=turn, init=config["init"], **orders)
+    options = {"turn": turn, "init": config["init"], "impl": impl, **orders}
+    return TENSOR_PRODUCTS[kind](width, heads, head_width, tuple(config["ranks"]), **options)
 
 
 def _check(config: dict[str, Any]) -> None:
     """Raise ValueError for sizes below 1 and for choices that there are not; each attention checks its own sizes."""
     choices = {"attention": ATTENTIONS, "rope_sign": (-1, 1), "rope_table": ("float32", "bfloat16")}
+    choices["impl"] = get_args(Impl)
     for name, allowed in choices.items():
         if config[name] not in allowed:
             raise ValueError(f"{name}={config[name]!r} is none of {', '.join(map(str, allowed))}")

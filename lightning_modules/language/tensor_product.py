@@ -1,6 +1,7 @@
 """Tensor product attention (arXiv 2501.06425): queries, keys and values of a token are sums of a few outer products.
 
-Factors are [batch, token, rank, heads] (A, over the heads) and [batch, token, rank, dim] (B, the token's own).
+Factors are [batch, token, rank, heads] (A, over the heads) and [batch, token, rank, dim] (B, the token's own). `impl`
+is that of `kernels.tpa`: "auto" takes the Triton kernels on a GPU, "torch" never, "triton" or refuses by name.
 """
 
 import math
@@ -11,20 +12,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from kernels import tpa
+from kernels.tpa.dispatch import Impl, takes_kernel
 from lightning_modules.language.attention import FEW, Attention, Cache, attend, causal_mask
 from lightning_modules.language.rotary import rotate
 
 INITS = ("official", "xavier")
-
-
-def contract(
-    a: Float[Tensor, "batch length rank heads"], b: Float[Tensor, "batch length rank dim"]
-) -> Float[Tensor, "batch length heads dim"]:
-    """(1 / R) A^T B of every token (eq. 3.1), summed in at least float32 and rounded once."""
-    wide = torch.promote_types(b.dtype, torch.float32)
-    with torch.autocast(b.device.type, enabled=False):
-        x = torch.einsum("btrh,btrd->bthd", a.to(wide), b.to(wide))
-    return (x / a.shape[2]).to(b.dtype)
 
 
 def attend_in_factors(
@@ -57,11 +50,23 @@ def tensor_product_attention(
     a_v: Float[Tensor, "batch kept rank_v heads"],
     b_v: Float[Tensor, "batch kept rank_v value"],
     mask: Bool[Tensor, "batch 1 new kept"] | None = None,
+    impl: Impl = "auto",
 ) -> Float[Tensor, "batch new heads*value"]:
     """As `attend_in_factors`, in the way that suits the sizes: many queries read keys and values faster as matrices."""
-    if q.shape[1] <= FEW and q.shape[1] < a_k.shape[1]:
-        return attend_in_factors(q, a_k, b_k, a_v, b_v, mask)
-    return attend(q, contract(a_k, b_k), contract(a_v, b_v), mask)
+    factors = (a_k, b_k, a_v, b_v)
+    if not few(q.shape[1], a_k.shape[1]):
+        return attend(q, tpa.contract(a_k, b_k, impl), tpa.contract(a_v, b_v, impl), mask)
+    # the kernel knows lengths but no mask, and has no gradient
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (q, *factors))
+    if mask is None and not wanted and takes_kernel("decode", impl, None, q):
+        lengths = torch.full((len(q),), a_k.shape[1], dtype=torch.int32, device=q.device)
+        return tpa.decode(q, *factors, lengths, impl=impl).flatten(2)
+    return attend_in_factors(q, *factors, mask)
+
+
+def few(new: int, kept: int) -> bool:
+    """Whether so many new tokens read the factors of those before them as they are."""
+    return new <= FEW and new < kept
 
 
 class TensorProductAttention(Attention):
@@ -71,6 +76,10 @@ class TensorProductAttention(Attention):
     B_V, each by rank and then by head or dimension. B_Q and B_K are turned by `turn` (`rotary.rotate` or a partial of
     it), which is the same as turning every head (theorem 3.1). `init="official"` has the bounds of the authors' code,
     sqrt(6 / R(H + width)) of W_A and sqrt(6 / D(R + width)) of W_B, "xavier" those of the paper's text.
+
+    Attention over many tokens without a mask is that of `tpa.attention`, which on a GPU keeps factors only, forward and
+    backward; one or a few new tokens behind a cache are decoded by `tpa.decode`. Else, on a CPU, with documents or
+    padding, heads are made and given to PyTorch, or factors read as `attend_in_factors` does.
 
     A subclass names the factors that are projected, that are learned constants, that are turned before they are kept,
     and that are kept, and makes A_K, B_K, A_V, B_V of the latter again. Raises ValueError for ranks and sizes below 1
@@ -91,11 +100,13 @@ class TensorProductAttention(Attention):
         turn: Callable[[Tensor, Tensor], Tensor] = rotate,
         init: str = "official",
         orders: tuple[int, int] | None = None,
+        impl: Impl = "auto",
     ) -> None:
         super().__init__()
         of_b, of_c = orders or (head_width, 1)
         self._check(heads, head_width, ranks, of_b, of_c, init)
         self.heads, self.head_width, self.ranks, self.turn = heads, head_width, tuple(ranks), turn
+        self.impl = impl
         rank, size = dict(zip("qkv", ranks)), {"a": heads, "b": of_b, "c": of_c}
         every = {*self.projected, *self.constant, *self.kept}
         self.shapes = {name: (rank[name[2]], size[name[0]]) for name in every}
@@ -127,19 +138,27 @@ class TensorProductAttention(Attention):
         cache: Cache | None = None,
     ) -> Float[Tensor, "batch length width"]:
         factors = self._factors(x, positions)
-        q = self.queries(x, factors, positions)
-        kept = tuple(factors[name] for name in self.kept)
+        kept, every = tuple(factors[name] for name in self.kept), positions
         if cache is not None:
             kept = cache.append(*kept)
             # those of the tokens before these count down from theirs; of padding nothing is asked
-            positions = positions[:, -1:] + torch.arange(1 - cache.length, 1, device=x.device)
-        return self.c_proj(tensor_product_attention(q, *self.read(positions, *kept), mask))
+            every = positions[:, -1:] + torch.arange(1 - cache.length, 1, device=x.device)
+        return self.c_proj(self.attend(x, factors, positions, self.read(every, *kept), mask))
 
     # What a subclass does in its own way
 
-    def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Queries of the new tokens, turned, (batch, new, heads, dim)."""
-        return contract(factors["a_q"], factors["b_q"])
+    def attend(
+        self, x: Tensor, factors: dict[str, Tensor], positions: Tensor, kept: tuple[Tensor, ...], mask: Tensor | None
+    ) -> Tensor:
+        """Heads side by side, of the new tokens' queries and of A_K, B_K, A_V, B_V."""
+        a_q, b_q = self.queries(factors, positions)
+        if mask is None and not few(x.shape[1], kept[0].shape[1]):
+            return tpa.attention(a_q, b_q, *kept, impl=self.impl).flatten(2)
+        return tensor_product_attention(tpa.contract(a_q, b_q, self.impl), *kept, mask, self.impl)
+
+    def queries(self, factors: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+        """A_Q and B_Q (turned) of the new tokens."""
+        return factors["a_q"], factors["b_q"]
 
     def read(self, positions: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         """A_K, B_K (turned), A_V, B_V of all tokens, whose positions these are, from what is kept of them."""
@@ -194,8 +213,11 @@ class KeyValueAttention(TensorProductAttention):
         _, r_k, r_v = ranks
         self.decode_multiply_adds = heads * (r_k * (head_width + 1) + r_v * head_width)
 
-    def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        return self.turn(self.c_q(x).unflatten(-1, (self.heads, self.head_width)), positions)
+    def attend(
+        self, x: Tensor, factors: dict[str, Tensor], positions: Tensor, kept: tuple[Tensor, ...], mask: Tensor | None
+    ) -> Tensor:
+        q = self.turn(self.c_q(x).unflatten(-1, (self.heads, self.head_width)), positions)
+        return tensor_product_attention(q, *kept, mask, self.impl)
 
 
 class ConstantHeadFactors(TensorProductAttention):
@@ -204,8 +226,8 @@ class ConstantHeadFactors(TensorProductAttention):
     projected, constant = ("b_q", "b_k", "b_v"), ("a_q", "a_k", "a_v")
     kept = ("b_k", "b_v")
 
-    def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        return contract(self._constant("a_q", factors["b_q"]), factors["b_q"])
+    def queries(self, factors: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._constant("a_q", factors["b_q"]), factors["b_q"]
 
     def read(self, positions: Tensor, b_k: Tensor, b_v: Tensor) -> tuple[Tensor, ...]:
         return self._constant("a_k", b_k), b_k, self._constant("a_v", b_v), b_v
@@ -217,8 +239,8 @@ class ConstantTokenFactors(TensorProductAttention):
     projected, constant = ("a_q", "a_k", "a_v"), ("b_q", "b_k", "b_v")
     turned, kept = (), ("a_k", "a_v")
 
-    def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        return contract(factors["a_q"], self._at("b_q", positions, factors["a_q"]))
+    def queries(self, factors: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+        return factors["a_q"], self._at("b_q", positions, factors["a_q"])
 
     def read(self, positions: Tensor, a_k: Tensor, a_v: Tensor) -> tuple[Tensor, ...]:
         return a_k, self._at("b_k", positions, a_k), a_v, self._constant("b_v", a_v)
@@ -253,8 +275,8 @@ class ThirdOrderAttention(TensorProductAttention):
     projected = ("a_q", "b_q", "c_q", "a_k", "b_k", "c_k", "a_v", "b_v", "c_v")
     kept = ("a_k", "b_k", "c_k", "a_v", "b_v", "c_v")
 
-    def queries(self, x: Tensor, factors: dict[str, Tensor], positions: Tensor) -> Tensor:
-        return contract(factors["a_q"], columns(factors["b_q"], factors["c_q"]))
+    def queries(self, factors: dict[str, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+        return factors["a_q"], columns(factors["b_q"], factors["c_q"])
 
     def read(self, positions: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
         a_k, b_k, c_k, a_v, b_v, c_v = kept

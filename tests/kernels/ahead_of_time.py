@@ -1,8 +1,8 @@
 """Compiles the kernels at their configured tiles for an H100 or H200: `python -m tests.kernels.ahead_of_time`.
 
 Needs no GPU. Prints one JSON line for each: registers of a thread, bytes of stack and of shared memory, matrix
-instructions, and the rows of its tile; then how often a growing cache would compile its kernel. `--quick` takes one
-size and one precision.
+instructions, whether it asserts, and the rows of its tile; then how often a growing cache would compile its kernel.
+`--quick` takes one size and one precision.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 from kernels.tpa.attention import configs as attention_configs
 from kernels.tpa.attention import kernels as attention
 from kernels.tpa.contraction import kernels as contraction
-from kernels.tpa.contraction.configs import power_of_two, warps
+from kernels.tpa.contraction.configs import ASSERTING, power_of_two, warps
 from kernels.tpa.decode import configs as decode_configs
 from kernels.tpa.decode import kernels as decoding
 from kernels.tpa.decode.launch import split_arguments
@@ -43,7 +43,9 @@ def argument(name: str, dtype: str) -> str:
     return {**INDICES, **SUMS}.get(name, f"*{dtype}")
 
 
-def compiled(kernel, dtype: str, constants: dict, num_warps: int, num_stages: int = 2, **types: str):
+def compiled(
+    kernel, dtype: str, constants: dict, num_warps: int, num_stages: int = 2, options: dict | None = None, **types: str
+):
     """One kernel compiled; pointers and strides are multiples of 16, as those of whole tensors are."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types.get(n, argument(n, dtype)) for n in names}
@@ -51,7 +53,8 @@ def compiled(kernel, dtype: str, constants: dict, num_warps: int, num_stages: in
         i for i, n in enumerate(names) if signature[n].startswith("*") or n.endswith(("_token", "_rank", "_block"))
     ]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in known})
-    return triton.compile(source, target=HOPPER, options={"num_warps": num_warps, "num_stages": num_stages})
+    every = {"num_warps": num_warps, "num_stages": num_stages, **(options or {})}
+    return triton.compile(source, target=HOPPER, options=every)
 
 
 def resources(kernel) -> dict:
@@ -62,7 +65,11 @@ def resources(kernel) -> dict:
         said = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack = (int(re.search(rf"{key}:(\d+)", said.stdout).group(1)) for key in ("REG", "STACK"))
     matrix = [name for name in ("wgmma.mma_async", "mma.sync") if name in kernel.asm["ptx"]]
-    return {"registers": registers, "stack": stack, "shared": kernel.metadata.shared, "matrix": matrix}
+    asserts = "__assertfail" in kernel.asm["ptx"]
+    return {
+        **{"registers": registers, "stack": stack, "shared": kernel.metadata.shared},
+        **{"matrix": matrix, "asserts": asserts},
+    }
 
 
 def specialisations() -> int:
@@ -96,7 +103,9 @@ def contractions(dtype: str, heads: int, dim: int, ranks: tuple[int, int, int]):
     constants = {**factor_constants(heads, dim, ranks), "RANK": ranks[0], "BACKWARD": False}
     for kernel in ("contract", "contract_backward", "rotate", "qkv", "qkv_backward"):
         made = getattr(contraction, f"{kernel}_kernel")
-        yield kernel, 0, compiled(made, dtype, only(made, constants), 1 if kernel == "rotate" else warps(heads, dim))
+        options = {} if kernel.startswith("contract") else ASSERTING
+        shared_by = 1 if kernel == "rotate" else warps(heads, dim)
+        yield kernel, 0, compiled(made, dtype, only(made, constants), shared_by, options=options)
 
 
 def decodings(dtype: str, heads: int, dim: int, ranks: tuple[int, int, int], new: int, page: int):

@@ -26,3 +26,4 @@ def test_the_kernels_compile_without_spills_for_hopper(words, tmp_path):
         assert kernel["shared"] <= SHARED, kernel
         wanted = [] if not kernel["rows"] else ["wgmma.mma_async"] if kernel["rows"] >= 64 else ["mma.sync"]
         assert kernel["matrix"] == wanted, kernel
+        assert kernel["asserts"] == kernel["kernel"].startswith(("rotate", "qkv")), kernel

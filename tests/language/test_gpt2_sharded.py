@@ -1,8 +1,4 @@
-"""The network sharded with FSDP2 over two processes is the network of one, and its compiled form the plain one.
-
-Both are looked at in processes of their own: a group needs them, and the import hook that checks shapes cannot be
-compiled.
-"""
+"""The network sharded with FSDP2 over two processes is the network of one, and its compiled form the plain one."""
 
 import os
 import subprocess
@@ -16,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_modules.language.sampling import generate
+from tests.language.compiled import compiles_whole_and_once
 from tests.language.test_gpt2 import VARIANTS, tokens, toy, trained_like
 
 
@@ -78,28 +75,10 @@ def check_written(network, folder: str, rank: int) -> None:
     torch.testing.assert_close(load(folder)(ids), expected, rtol=1e-5, atol=1e-5)
 
 
-def check_compiled(name: str, rank: int) -> None:
-    """One graph for all steps of training; generation adds none, and the names of the parameters stay."""
-    plain, network = (trained_like(toy(**VARIANTS[name], loss_chunk=20)) for _ in range(2))
-    graphs = []
-    network.compile(backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
-    for seed in range(3):
-        ids, targets = tokens(seed=seed)
-        ours, theirs = network(ids, targets), plain(ids, targets)
-        torch.testing.assert_close(ours, theirs)
-    ours.sum().backward()
-    theirs.sum().backward()
-    for one, other in zip(network.parameters(), plain.parameters()):
-        torch.testing.assert_close(one.grad, other.grad)
-    assert torch.equal(generate(network, ids, 3, temperature=0.0), generate(plain, ids, 3, temperature=0.0))
-    assert len(graphs) == 1
-    assert network.state_dict().keys() == plain.state_dict().keys()
-
-
 def test_two_processes_are_one(tmp_path):
     assert in_processes(2, f"check_sharded({str(tmp_path)!r})") == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("modern", marks=pytest.mark.slow)])
 def test_the_network_compiles_whole_and_once(name):
-    assert in_processes(1, f"check_compiled({name!r})") == [0]
+    assert compiles_whole_and_once("gpt2", **VARIANTS[name], loss_chunk=20)

@@ -11,10 +11,8 @@ import pytest
 import torch
 
 import train
-from lightning_modules.language.sampling import generate
 from lightning_modules.language.t6 import ATTENTIONS, T6
-from tests.language.test_gpt2 import tokens, trained_like
-from tests.language.test_t6 import toy
+from tests.language.compiled import compiles_whole_and_once
 
 TINY = (
     *("model=t6", "data=text", "data.context=16", "data.batch_size=8", "data.limit=64"),
@@ -61,29 +59,9 @@ def test_two_sharded_processes_are_one_and_both_leave_the_network(tmp_path):
     assert len((one / "samples.jsonl").read_text().splitlines()) == 2
 
 
-def check_compiled(attention: str) -> None:
-    """One graph for all steps of training, with the gradients of the plain network; generation adds none."""
-    plain, network, graphs = trained_like(toy(attention)), toy(attention), []
-    network.load_state_dict(plain.state_dict())
-    network.compile(backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
-    for seed in range(2):
-        ids, targets = tokens(seed=seed)
-        ours, theirs = network(ids, targets), plain(ids, targets)
-        torch.testing.assert_close(ours, theirs)
-    ours.sum().backward()
-    theirs.sum().backward()
-    for one, other in zip(network.parameters(), plain.parameters()):
-        torch.testing.assert_close(one.grad, other.grad)
-    assert torch.equal(generate(network, ids, 3, temperature=0.0), generate(plain, ids, 3, temperature=0.0))
-    assert len(graphs) == 1
-
-
 @pytest.mark.parametrize("attention", FAST_ONE)
 def test_the_network_compiles_whole_and_once(attention):
-    """In a process of its own: the import hook that checks shapes cannot be compiled."""
-    code = f"from tests.language.test_t6_training import check_compiled; check_compiled({attention!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+    assert compiles_whole_and_once("t6", attention=attention)
 
 
 @SLOW

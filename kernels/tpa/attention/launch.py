@@ -19,6 +19,11 @@ class Sequences(NamedTuple):
     lengths: Tensor | None
     longest: int
 
+    def contiguous(self) -> "Sequences":
+        """As the kernels read it."""
+        places = (x if x is None else x.contiguous() for x in (self.starts, self.lengths))
+        return Sequences(*places, self.longest)
+
 
 def forward(
     factors: Sequence[Tensor], queries: Sequences, keys: Sequences, count: int, causal: bool, scale: float

@@ -139,8 +139,8 @@ def _attention(
     from kernels.tpa.attention import launch
 
     factors = [last_axis_contiguous(x) for x in (a_q, b_q, a_k, b_k, a_v, b_v)]
-    queries = launch.Sequences(query_starts, query_lengths, longest_query)
-    keys = launch.Sequences(key_starts, key_lengths, longest_key)
+    queries = launch.Sequences(query_starts, query_lengths, longest_query).contiguous()
+    keys = launch.Sequences(key_starts, key_lengths, longest_key).contiguous()
     return launch.forward(factors, queries, keys, sequences, causal, scale)
 
 
@@ -175,8 +175,8 @@ def _attention_backward(
     from kernels.tpa.attention import launch
 
     factors = [last_axis_contiguous(x) for x in (a_q, b_q, a_k, b_k, a_v, b_v)]
-    queries = launch.Sequences(query_starts, query_lengths, longest_query)
-    keys = launch.Sequences(key_starts, key_lengths, longest_key)
+    queries = launch.Sequences(query_starts, query_lengths, longest_query).contiguous()
+    keys = launch.Sequences(key_starts, key_lengths, longest_key).contiguous()
     return launch.backward(dout.contiguous(), out, lse, factors, queries, keys, sequences, causal, scale)
 
 

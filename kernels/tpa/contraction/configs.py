@@ -1,6 +1,8 @@
-"""How many warps share the heads x dim numbers of a token (not yet tuned on a GPU)."""
+"""How many warps share the heads x dim numbers of a token (not yet tuned on a GPU), and which kernels assert."""
 
 LARGEST = 2**15  # numbers of a token that eight warps can hold in registers
+# of kernels that look positions up: Triton compiles assertions only so, and would add its own of integers that overflow
+ASSERTING = {"debug": True, "sanitize_overflow": False}
 
 
 def power_of_two(n: int, least: int = 1) -> int:

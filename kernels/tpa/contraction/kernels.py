@@ -11,10 +11,11 @@ import triton.language as tl
 def _angles(cos, sin, position, table, d, HALF: tl.constexpr, ACC: tl.constexpr):
     position += tl.zeros_like(d)
     known = (position >= 0) & (position < table)
+    tl.device_assert(known, "a position is outside the table: make it longer with rotary_table")
     at = position * HALF + d
     c = tl.load(cos + at, mask=known & (d < HALF), other=0.0).to(ACC)
     s = tl.load(sin + at, mask=known & (d < HALF), other=0.0).to(ACC)
-    # a position past the table gives NaN, not a read of foreign memory
+    # where assertions are left out such a position gives NaN, and never a read of foreign memory
     return tl.where(known, c, float("nan")), tl.where(known, s, float("nan"))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.tpa.contraction import kernels
-from kernels.tpa.contraction.configs import power_of_two, warps
+from kernels.tpa.contraction.configs import ASSERTING, power_of_two, warps
 from kernels.tpa.precision import accumulator
 
 
@@ -34,7 +34,7 @@ def rotate(b: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, backward: boo
         kernels.rotate_kernel[(len(b),)](
             *(y, b, cos, sin, positions, len(cos), b.stride(0), b.stride(1)),
             RANK=b.shape[1], HALF=half, BLOCK_D=power_of_two(half), BACKWARD=backward, ACC=accumulator(b.dtype),
-            num_warps=1,
+            num_warps=1, **ASSERTING,
         )  # fmt: skip
     return y
 
@@ -96,5 +96,5 @@ def _row_constants(dtype: torch.dtype, ranks: Sequence[int], heads: int, dims: S
         **dict(zip(("RANK_Q", "RANK_K", "RANK_V"), ranks)),
         **{"HEADS": heads, "HALF": half, "HALF_V": half_v, "ACC": accumulator(dtype)},
         **{"BLOCK_H": power_of_two(heads), "BLOCK_D": power_of_two(half), "BLOCK_E": power_of_two(half_v)},
-        "num_warps": warps(heads, max(dims)),
+        **{"num_warps": warps(heads, max(dims)), **ASSERTING},
     }

@@ -50,7 +50,7 @@ def rotate(
     """Token factors turned by the angles of their positions, which turns every head (Theorem 3.1); differentiable in b.
 
     Raises ValueError for tables that do not fit `dim` and for positions past them, and as `dispatch.takes_kernel`. On a
-    GPU, where looking would make it wait, such positions give NaN (kernel) or PyTorch's own assertion (reference).
+    GPU, where looking would make it wait, an assertion on the device stops the process, in the kernel as in PyTorch.
     """
     refuse_no_rank("rotate", b.shape[-2])
     _refuse_table("rotate", b.shape[-1], cos, positions)

@@ -16,7 +16,9 @@ def contract(
     a: Float[Tensor, "*tokens rank heads"], b: Float[Tensor, "*tokens rank dim"]
 ) -> Float[Tensor, "*tokens heads dim"]:
     """X = 1/R sum_r a_r b_r^T (eq. 3.1), summed in float32 and rounded once."""
-    x = torch.einsum("...rh,...rd->...hd", a.to(wide(a.dtype)), b.to(wide(b.dtype)))
+    # autocast would round the sum as well
+    with torch.autocast(a.device.type, enabled=False):
+        x = torch.einsum("...rh,...rd->...hd", a.to(wide(a.dtype)), b.to(wide(b.dtype)))
     return (x / a.shape[-2]).to(a.dtype)
 
 

@@ -58,7 +58,7 @@ def _refuse(
         return
     capacity = configs.capacity(a_k, pages)
     if lengths.max() > capacity or lengths.min() < 0:
-        raise ValueError(f"decode: lengths={lengths.tolist()} do not fit a cache of {capacity} tokens a row")
+        raise ValueError(f"decode: lengths={lengths.tolist()} do not fit a cache of {capacity} tokens a row: make room")
 
 
 def _unsupported(q: Tensor, a_k: Tensor, b_k: Tensor, a_v: Tensor, b_v: Tensor) -> str | None:
@@ -87,6 +87,7 @@ _library.define(
 def _decode(q, a_k, b_k, a_v, b_v, lengths, pages, scale, splits):
     from kernels.tpa.decode import launch
 
+    pages = None if pages is None else pages.contiguous()
     return launch.decode(q.contiguous(), a_k, b_k, a_v, b_v, lengths.contiguous(), pages, scale, splits)
 
 

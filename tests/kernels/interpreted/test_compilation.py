@@ -5,6 +5,8 @@ import torch
 
 from kernels import tpa
 from tests.kernels.tpa_cases import close, decoded, factor_pairs
+from tests.language.compiled import check
+from tests.language.test_t6 import toy
 
 
 def layer(row, cos, sin, positions):
@@ -45,3 +47,8 @@ def test_a_compiled_decoding_step_is_the_step():
     for n in (5, 6):
         lengths = torch.tensor([n, 20])
         close(compiled(q, lengths), decoded(q, *cache, lengths).sin())
+
+
+@pytest.mark.parametrize("attention", ["tpa", pytest.param("tpa_kvonly", marks=pytest.mark.slow)])
+def test_t6_in_its_kernels_compiles_whole_and_once(attention):
+    check(toy, attention=attention, impl="triton", layers=1, width=16, heads=2, ranks=(2, 1, 1))

@@ -1,9 +1,14 @@
 """Rotation, contraction and their fusion, forward and backward, against the references in float64."""
 
+import dataclasses
+
 import pytest
 import torch
+from triton.runtime.errors import InterpreterError
+from triton.runtime.interpreter import interpreter_builder
 
 from kernels import tpa
+from kernels.tpa.contraction import configs
 from tests.kernels.tpa_cases import close, factor_pairs
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -72,11 +77,19 @@ def test_the_backward_of_a_contraction_is_its_transpose():
     torch.testing.assert_close((dx * moved).sum(), (back_a * da).sum() + (back_b * db).sum())
 
 
-def test_a_position_past_the_table_is_not_a_number_and_reads_nothing_else():
-    b, (cos, sin) = torch.randn(2, 1, 8), tpa.rotary_table(4, 8)
-    turned = torch.ops.tessera.tpa_rotate(b, cos, sin, torch.tensor([3, 4]), False)
+@pytest.mark.parametrize("position", [4, -1])
+def test_a_position_past_the_table_is_refused_in_the_kernel_too(position, monkeypatch):
+    """On a GPU nobody looks at positions before. The interpreter leaves assertions out, and then it is NaN."""
+    b, (cos, sin), positions = torch.randn(2, 1, 8), tpa.rotary_table(4, 8), torch.tensor([3, position])
+    turned = torch.ops.tessera.tpa_rotate(b, cos, sin, positions, False)
     assert turned[0].isfinite().all()
     assert turned[1].isnan().all()
+    asserting = dataclasses.replace(interpreter_builder.options, **configs.ASSERTING)
+    monkeypatch.setattr(interpreter_builder, "options", asserting)
+    with pytest.raises(InterpreterError, match="a position is outside the table: make it longer with rotary_table"):
+        torch.ops.tessera.tpa_rotate(b, cos, sin, positions, False)
+    with pytest.raises(InterpreterError, match="a position is outside the table"):
+        torch.ops.tessera.tpa_qkv(torch.randn(2, 33), cos, sin, positions, [1, 1, 1], 3, [8, 8, 8])
 
 
 def test_no_tokens_are_no_launch():

@@ -89,6 +89,14 @@ def test_padded_and_constant_head_factors_and_a_view_of_a_larger_cache():
     close(tpa.decode(q, constant, b_k, a_v, b_v, lengths, impl="triton"), decoded(q, constant, b_k, a_v, b_v, lengths))
 
 
+def test_tables_and_lengths_that_are_views_are_read_as_they_are_meant():
+    q, _, _ = case([1, 1], capacity=16)
+    pool, pages = factor_pairs(5, 16, heads=5, dims=(6, 4), ranks=(2, 3)), torch.tensor([[4, 9, 0, 9], [1, 9, 3, 9]])
+    lengths = torch.tensor([30, 9, 17, 9])
+    found = tpa.decode(q, *pool, lengths[::2], pages[:, ::2], impl="triton")
+    close(found, tpa.decode(q, *pool, lengths[::2], pages[:, ::2], impl="torch"))
+
+
 def test_cancelling_value_factors_keep_their_accuracy():
     q, (a_k, b_k, _, _), lengths = case([50], capacity=50, dtype=torch.float32)
     b, d = 100 * torch.randn(1, 50, 1, 4), torch.randn(1, 50, 1, 4)
