@@ -76,7 +76,7 @@ def rollout(
     judged_by = None if reference is None else reference.fingerprint()
     inputs = _inputs(policy.fingerprint(), judged_by, prompts, k, sampling, identity)
     cache = Path(folder) / _key(inputs)
-    with _alone(cache) if rank == 0 else nullcontext():
+    with alone(cache) if rank == 0 else nullcontext():
         wait()
         complete = (cache / MANIFEST).exists()
         wait()  # nobody may complete the cache before everybody has looked
@@ -187,7 +187,7 @@ def _key(inputs: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
+def alone(cache: Path) -> Iterator[None]:
     """Wait for other runs that fill the same cache; the system releases the lock of a killed one."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as file:
@@ -216,7 +216,7 @@ def _sample_missing(
     groups = batches([len(prompt.ids) for prompt in prompts], k, batch_rows)
     groups = [[prompts[position] for position in group if prompts[position].id not in done] for group in groups]
     mine = [group for group in groups if group][rank::world]
-    with _append(cache / f"part-{rank}.jsonl") as part, _progress(sum(map(len, mine)), rank) as advance:
+    with append(cache / f"part-{rank}.jsonl") as part, _progress(sum(map(len, mine)), rank) as advance:
         for group in mine:
             records = _records(policy, reference, group, k, sampling, score)
             # one line per batch: after a kill it is there or it is not
@@ -243,7 +243,7 @@ def _parse(line: str, path: Path, number: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _append(path: Path) -> Iterator[Any]:
+def append(path: Path) -> Iterator[Any]:
     """The part file, without the half line that a kill may have left."""
     with open(path, "ab+") as file:
         file.seek(0)
