@@ -54,8 +54,9 @@ def test_every_choice_composes(path):
     group = path.parent.name
     if group in ("recipe", "sweep", "tuning"):
         pytest.skip("chosen through others")
-    model = {"objective": "dqo", "network": "gpt2"}.get(group)  # of which the group is a part
-    compose([f"model={model}", f"{group}@model.{group}={path.stem}"] if model else [f"{group}={path.stem}"])
+    model = {"objective": "dqo", "pairwise": "dpo", "network": "gpt2"}.get(group)  # of which the group is a part
+    word = "pairwise" if group == "pairwise" else f"{group}@model.{group}"
+    compose([f"model={model}", f"{word}={path.stem}"] if model else [f"{group}={path.stem}"])
 
 
 def test_every_choice_says_what_it_is():

@@ -1,0 +1,118 @@
+"""Learning from pairs: DPO and its relatives, each a loss of two log-ratios."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from datamodules.batches import Pair, PreferenceBatch
+from lightning_modules.alignment.policy import unsharded
+from lightning_modules.alignment.policy_method import PolicyMethod
+from lightning_modules.alignment.rollout import score_responses
+from lightning_modules.alignment.soft_q import k3
+
+
+class Compared(NamedTuple):
+    """What the policy says of the two responses of each pair, against the reference (nats, sums over tokens)."""
+
+    log_probs: Float[Tensor, "pair 2"]
+    log_ratios: Float[Tensor, "pair 2"]
+    lengths: Int[Tensor, "pair 2"]
+    kl: Float[Tensor, "pair 2"]
+
+
+class Preference(PolicyMethod):
+    """A policy moved away from its reference by a loss of pairs, `loss(a, b, ...)` of `pairwise`.
+
+    The reference is the policy that the run starts from; its log-probabilities come with the pairs, so that a step
+    costs no second network. A loss that asks for `label`, `value` or `lengths` is given them.
+    """
+
+    batch_type: ClassVar[type] = PreferenceBatch
+
+    def __init__(self, loss: Callable[..., Tensor], **policy_method: Any) -> None:
+        super().__init__(**policy_method)
+        parameters = inspect.signature(loss).parameters
+        self.loss, self.asked = loss, [name for name in ("label", "value", "lengths") if name in parameters]
+        self.beta = parameters["beta"].default if "beta" in parameters else 1.0
+        one = torch.ones(1)
+        # what its hyperparameters say that cannot be is refused here, before anything is sampled or trained
+        self.losses(one, one, {"label": one, "value": torch.ones(1, 2)}, torch.ones(1, 2, dtype=torch.long))
+
+    def losses(
+        self,
+        a: Float[Tensor, " pair"],
+        b: Float[Tensor, " pair"],
+        batch: dict[str, Any],
+        lengths: Int[Tensor, "pair 2"],
+    ) -> Float[Tensor, " pair"]:
+        """The loss of every pair. Raises ValueError where it needs a `value` that the data does not have."""
+        known = {**batch, "lengths": lengths}
+        if "value" in self.asked and "value" not in batch:
+            raise ValueError(
+                "this loss needs the outcomes of both responses (`value`), which the pairs do not have: take "
+                "pairwise=sppo_hard or another loss of labels, or data with win rates"
+            )
+        return self.loss(a, b, **{name: known[name] for name in self.asked})
+
+    def compare(self, batch: PreferenceBatch) -> Compared:
+        """Both responses under policy and reference."""
+        ids, mask = batch["ids"].flatten(0, 1), batch["mask"].flatten(0, 1)
+        log_probs = self.policy(ids, mask).log_probs
+        log_ratios = log_probs - batch["lp_ref"].flatten(0, 1)
+        rows = log_probs.sum(1), log_ratios.sum(1), mask.sum(1), k3(log_ratios.detach(), mask)
+        return Compared(*(row.unflatten(0, (-1, 2)) for row in rows))
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        compared = self.compare(batch)
+        loss = self.losses(*compared.log_ratios.unbind(1), batch, compared.lengths).mean()
+        if self.logs_now:
+            self.log_step(loss, **self.report(compared, batch["label"]))
+        return loss
+
+    @torch.no_grad()
+    def report(self, compared: Compared, label: Float[Tensor, " pair"]) -> dict[str, Tensor]:
+        """Means over the pairs: rewards beta log(pi / pi_ref), log-probabilities (nats) and lengths (tokens) of the
+        better and of the worse response, and `kl` per token (`k3`), an indicator of drift on responses of others.
+        """
+        chosen = (label < 0.5).long()  # the column of the better one
+        named = {
+            "rewards": self.beta * compared.log_ratios,
+            "logps": compared.log_probs,
+            "lengths": compared.lengths.float(),
+        }
+        found = {}
+        for name, columns in named.items():
+            for side, column in (("chosen", chosen), ("rejected", 1 - chosen)):
+                found[f"{name}/{side}"] = columns.gather(1, column[:, None]).mean()
+        margins = self.beta * margin(compared, label)
+        found |= {"rewards/margin": margins.mean(), "rewards/accuracy": accuracy(margins).mean()}
+        return {**found, "kl": compared.kl.mean()}
+
+    # The reference
+
+    def with_reference(self, pairs: list[Pair], folder: Path) -> list[Pair]:
+        """Pairs with the log-probabilities of the policy that the run starts from, or of it without its adapter.
+
+        Computed once and kept under `folder`: once the policy has moved, in a resumed run as well, they come from there
+        or the run stops.
+        """
+        rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+        values = self._stored("reference", rows, lambda: score_responses(unsharded(self.policy), rows), folder)
+        return [replace(pair, lp_ref=(values[2 * i], values[2 * i + 1])) for i, pair in enumerate(pairs)]
+
+
+def margin(compared: Compared, label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """The log-ratio of the better response minus that of the worse one."""
+    difference = compared.log_ratios[:, 0] - compared.log_ratios[:, 1]
+    return torch.where(label < 0.5, -difference, difference).detach()
+
+
+def accuracy(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """1 where the margin is positive, 1/2 where it is 0."""
+    return 0.5 + 0.5 * torch.sign(margins)
