@@ -134,16 +134,16 @@ def test_a_reference_without_its_normalisation_is_exact_for_differences_and_not_
     fitted, previous, alpha = normal(5, seed=3).log_softmax(-1), normal(5, seed=4).log_softmax(-1), 0.6
     loose = extrapolated_log_probs(fitted, previous, alpha)
     whole = loose.log_softmax(-1)
-    w, l = [0, 1, 3], [2, 4, 0]
+    better, worse = [0, 1, 3], [2, 4, 0]
     results = []
     for reference in (whole, loose):
         policy = normal(5, seed=5).requires_grad_()
         logs = policy.log_softmax(-1)
-        loss = dpo(logs[w] - reference[w], logs[l] - reference[l])
+        loss = dpo(logs[better] - reference[better], logs[worse] - reference[worse])
         results.append((loss, *torch.autograd.grad(loss, policy)))
     for exact, cheap in zip(*results):
         torch.testing.assert_close(exact, cheap, rtol=0, atol=1e-12)
     log_z = loose.logsumexp(0)
-    points = [(normal(5, seed=5).log_softmax(-1) - reference)[w] for reference in (whole, loose)]
+    points = [(normal(5, seed=5).log_softmax(-1) - reference)[better] for reference in (whole, loose)]
     torch.testing.assert_close(points[0] - points[1], log_z.expand(3))
     assert log_z.abs() > 1e-2

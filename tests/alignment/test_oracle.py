@@ -71,7 +71,9 @@ def test_what_is_no_probability_is_refused_with_the_prompt(value):
 
 
 def test_preferences_that_do_not_add_up_to_one_are_refused_with_the_prompt():
-    with pytest.raises(ValueError, match="prompt p3: the oracle preference gives 0.7 and, the answers exchanged, 0.7"):
+    with pytest.raises(
+        ValueError, match=r"prompt p3: the oracle preference gives 0\.7 and, the answers exchanged, 0\.7"
+    ):
         chat(lambda *_: 0.7).prefer([prompt(3)], ["a"], ["b"])
     with pytest.raises(ValueError, match="prompt p0: the oracle table gives"):
         table([[0.5, 0.3, 0.8], [0.6, 0.5, 0.4], [0.2, 0.6, 0.5]]).table(prompt(), [ROCK, PAPER])
@@ -230,7 +232,7 @@ def test_a_nan_in_a_reply_is_tried_again(judge):
 def test_a_judge_that_stays_away_loses_no_finished_label(judge, tmp_path):
     judge.plan = ["well"] * 3 + [503] * 8
     prompts, first, second = [prompt(n) for n in range(4)], ["longer"] * 4, ["x"] * 4
-    with pytest.raises(ConnectionError, match=r"prompt p3: .* gave no verdict in 4 attempts, the last one: HTTP 503"):
+    with pytest.raises(ConnectionError, match=r"prompt p3: .* gave no verdict in 4 attempts, at last: HTTP 503"):
         Remembered(endpoint(judge, threads=1), tmp_path).prefer(prompts, first, second)
     judge.plan, judge.questions = [], []
     values = Remembered(endpoint(judge), tmp_path).prefer(prompts, first, second)
