@@ -208,6 +208,7 @@ class MathProblems(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
+            steps=self.method.steps_per_iteration,
         )
         sampler = FromStep(batches, lambda: self.trainer.global_step)
         return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.workers)

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_modules.sharding import placed, whole
+
 
 def check_momentum(alpha: float) -> None:
     """Raise ValueError unless `alpha` is in (-1, 1): at 1 the steps add up to T^2 / 2 and nothing converges."""
@@ -42,9 +44,13 @@ def extrapolated_log_probs(
     return fitted + alpha * (fitted - previous)
 
 
+@torch.no_grad()
 def fitted_weights(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of the parameters in float32 (or what they have beyond it), by name; tied ones once, no buffers."""
-    return {name: _precise(parameter.detach()).clone() for name, parameter in _parameters(module).items()}
+    """A copy of what is trained, in float32 (or what it has beyond that) and the CPU's memory, whole, by name.
+
+    Tied weights are there once, buffers are not. Collective where the module is sharded.
+    """
+    return {name: _precise(whole(parameter)).cpu() for name, parameter in _parameters(module).items()}
 
 
 @torch.no_grad()
@@ -68,12 +74,12 @@ def extrapolate_(module: nn.Module, previous: Mapping[str, Tensor], alpha: float
                 f"{name} is {parameter.dtype}, too coarse for the difference of two iterations: take "
                 "policy.dtype=float32, with trainer.precision=bf16-mixed for the speed"
             )
-        parameter += alpha * (parameter - previous[name].to(parameter))
+        parameter += alpha * (parameter - placed(previous[name], parameter))
 
 
 def _parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     # named_parameters has a tied weight once, and no buffers
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point()}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ tables of K answers, log-odds.
 import hashlib
 import json
 import math
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from datamodules.batches import Prompt
 from lightning_modules.alignment.labelling import log_odds
-from lightning_modules.alignment.rollout import append
 
 TOLERANCE = 1e-3  # of P(first beats second) + P(second beats first) = 1
 
@@ -181,14 +181,14 @@ class Table(Oracle):
 class Remembered(Oracle):
     """Another oracle whose comparisons are kept on disk: none is asked twice, none that was answered is lost.
 
-    `folder` holds a file for every process that writes; each comparison is a line of its own, appended when it comes.
-    What is known is what all files hold when this is made.
+    Each comparison is a line of its own, appended when it comes to a file that nobody else writes. What is known is what
+    all files of `folder` hold when this is made.
     """
 
-    def __init__(self, oracle: Oracle, folder: Path, rank: int = 0) -> None:
+    def __init__(self, oracle: Oracle, folder: Path) -> None:
         self.oracle, self.folder = oracle, folder
         self.order_matters = oracle.order_matters
-        self.path = folder / f"labels-{rank}.jsonl"
+        self.path = folder / f"labels-{uuid.uuid4().hex}.jsonl"
         self.known = _read(folder)
 
     @property
@@ -206,7 +206,7 @@ class Remembered(Oracle):
     def _ask(self, missing: Mapping[str, tuple[Prompt, str, str]]) -> None:
         keys, rows = list(missing), list(missing.values())
         self.folder.mkdir(parents=True, exist_ok=True)
-        with append(self.path) as file:
+        with open(self.path, "a") as file:
             for place, value in self.oracle.compare(*(list(column) for column in zip(*rows))):
                 self.known[keys[place]] = checked(value, rows[place][0], self)
                 file.write(json.dumps([keys[place], self.known[keys[place]]]) + "\n")

@@ -47,6 +47,7 @@ class PolicyMethod(Method):
     )
     imitates_solutions = False  # whether the data's own solutions join the sampled answers
     labels: ClassVar[bool] = False  # whether it samples pairs of responses and has its oracle label them, `iterate`
+    steps_per_iteration: int | None = None  # of one that `labels`: optimizer steps with what one `iterate` returned
     judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 
     def __init__(

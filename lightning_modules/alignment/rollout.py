@@ -51,7 +51,7 @@ def rollout(
     prompts: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
     folder: str | Path,
     *,
     identity: dict[str, Any],
@@ -64,9 +64,9 @@ def rollout(
     """`k` scored responses to each prompt, in the order of the prompts; from the cache when it is there.
 
     Every rank calls it (`barrier` is needed when `world` > 1) and gets all trajectories; `folder` is shared by the
-    ranks. `identity` names what else the result depends on: scorer version, template, tokenizer. `reference` is the
-    policy itself when None. `batch_rows` bounds the responses sampled at once; a batch is also what an interruption
-    can lose. Raises ValueError when a finished cache does not match its checksum.
+    ranks. `identity` names what else the result depends on: scorer version, template, tokenizer. Without `score` all
+    rewards are 0. `reference` is the policy itself when None. `batch_rows` bounds the responses sampled at once; a
+    batch is also what an interruption can lose. Raises ValueError when a finished cache does not match its checksum.
     """
     if world > 1 and barrier is None:
         raise ValueError(f"rollout on {world} processes needs a barrier.")
@@ -76,7 +76,7 @@ def rollout(
     judged_by = None if reference is None else reference.fingerprint()
     inputs = _inputs(policy.fingerprint(), judged_by, prompts, k, sampling, identity)
     cache = Path(folder) / _key(inputs)
-    with alone(cache) if rank == 0 else nullcontext():
+    with _alone(cache) if rank == 0 else nullcontext():
         wait()
         complete = (cache / MANIFEST).exists()
         wait()  # nobody may complete the cache before everybody has looked
@@ -84,7 +84,7 @@ def rollout(
             _sample_missing(policy, reference, prompts, k, sampling, score, cache, rank, world, batch_rows)
             wait()
             if rank == 0:
-                _merge(cache, prompts, k, inputs)
+                _merge(cache, prompts, k, inputs, scored=score is not None)
             wait()
         return load(cache)
 
@@ -187,7 +187,7 @@ def _key(inputs: dict[str, Any]) -> str:
 
 
 @contextmanager
-def alone(cache: Path) -> Iterator[None]:
+def _alone(cache: Path) -> Iterator[None]:
     """Wait for other runs that fill the same cache; the system releases the lock of a killed one."""
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as file:
@@ -201,7 +201,7 @@ def _sample_missing(
     prompts: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
     cache: Path,
     rank: int,
     world: int,
@@ -216,7 +216,7 @@ def _sample_missing(
     groups = batches([len(prompt.ids) for prompt in prompts], k, batch_rows)
     groups = [[prompts[position] for position in group if prompts[position].id not in done] for group in groups]
     mine = [group for group in groups if group][rank::world]
-    with append(cache / f"part-{rank}.jsonl") as part, _progress(sum(map(len, mine)), rank) as advance:
+    with _append(cache / f"part-{rank}.jsonl") as part, _progress(sum(map(len, mine)), rank) as advance:
         for group in mine:
             records = _records(policy, reference, group, k, sampling, score)
             # one line per batch: after a kill it is there or it is not
@@ -243,7 +243,7 @@ def _parse(line: str, path: Path, number: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def append(path: Path) -> Iterator[Any]:
+def _append(path: Path) -> Iterator[Any]:
     """The part file, without the half line that a kill may have left."""
     with open(path, "ab+") as file:
         file.seek(0)
@@ -258,7 +258,7 @@ def _records(
     group: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
 ) -> list[dict[str, Any]]:
     """`k` responses to each prompt of the group, scored, as JSON-ready trajectories."""
     ids, keys = [prompt.ids for prompt in group], [prompt.id for prompt in group]
@@ -279,10 +279,10 @@ def _record(
     sample: Sample,
     lp_mu: list[float],
     lp_ref: list[float],
-    score: Scorer,
+    score: Scorer | None,
 ) -> dict[str, Any]:
     response = _text(policy, sample.ids)
-    verdict = score(response, prompt.gold)
+    verdict = score(response, prompt.gold) if score else None
     trajectory = Trajectory(
         prompt_id=prompt.id,
         sample=index,
@@ -294,9 +294,9 @@ def _record(
         finished=sample.finished,
         lp_mu=_short(lp_mu),
         lp_ref=_short(lp_ref),
-        extracted=verdict.extracted,
+        extracted=verdict.extracted if verdict else None,
         # a response that was cut off is a failure, whatever stands in it
-        reward=float(sample.finished and verdict.correct),
+        reward=float(sample.finished and verdict is not None and verdict.correct),
     )
     return asdict(trajectory)
 
@@ -361,7 +361,7 @@ def _padded(pairs: list[tuple[list[int], list[int]]], policy: Policy | AdapterOf
     return ids.to(policy.device), mask.to(policy.device)
 
 
-def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any]) -> None:
+def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any], scored: bool) -> None:
     """Write data and manifest from the part files, then remove these."""
     found = _parts(cache)
     missing = [prompt.id for prompt in prompts if prompt.id not in found]
@@ -374,7 +374,8 @@ def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any]) -
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     _replace(cache / DATA, data)
     summary = _summary(np.array([record["reward"] for record in records]).reshape(-1, k), records)
-    _warn(summary, cache)
+    if scored:
+        _warn(summary, cache)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["transformers"] = transformers.__version__
     manifest = {**inputs, **summary, "versions": versions, "sha256": hashlib.sha256(data).hexdigest()}
