@@ -8,13 +8,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from datamodules.batches import Pair, PreferenceBatch
 from lightning_modules.alignment.policy import unsharded
 from lightning_modules.alignment.policy_method import PolicyMethod
+from lightning_modules.alignment.preference_figures import preferences
 from lightning_modules.alignment.rollout import score_responses
 from lightning_modules.alignment.soft_q import k3
+
+SHOWN = 128  # training pairs in a figure
 
 
 class Compared(NamedTuple):
@@ -34,6 +38,7 @@ class Preference(PolicyMethod):
     """
 
     batch_type: ClassVar[type] = PreferenceBatch
+    unchecked: ClassVar[tuple[str, str]] = ("val/pair_accuracy", "max")
 
     def __init__(self, loss: Callable[..., Tensor], **policy_method: Any) -> None:
         super().__init__(**policy_method)
@@ -80,7 +85,6 @@ class Preference(PolicyMethod):
         """Means over the pairs: rewards beta log(pi / pi_ref), log-probabilities (nats) and lengths (tokens) of the
         better and of the worse response, and `kl` per token (`k3`), an indicator of drift on responses of others.
         """
-        chosen = (label < 0.5).long()  # the column of the better one
         named = {
             "rewards": self.beta * compared.log_ratios,
             "logps": compared.log_probs,
@@ -88,11 +92,45 @@ class Preference(PolicyMethod):
         }
         found = {}
         for name, columns in named.items():
-            for side, column in (("chosen", chosen), ("rejected", 1 - chosen)):
-                found[f"{name}/{side}"] = columns.gather(1, column[:, None]).mean()
-        margins = self.beta * margin(compared, label)
+            chosen, rejected = better_first(columns, label).mean(0)
+            found |= {f"{name}/chosen": chosen, f"{name}/rejected": rejected}
+        margins = self.beta * margin(compared.log_ratios, label)
         found |= {"rewards/margin": margins.mean(), "rewards/accuracy": accuracy(margins).mean()}
         return {**found, "kl": compared.kl.mean()}
+
+    # Held-out pairs
+
+    def judge(self, batch: PreferenceBatch) -> None:
+        """Whether the implicit reward beta log(pi / pi_ref) orders held-out pairs as their labels do."""
+        compared, label = self.compare(batch), batch["label"]
+        losses = self.losses(*compared.log_ratios.unbind(1), batch, compared.lengths)
+        report = self.report(compared, label)
+        measured = {
+            "loss": losses.mean(),
+            "margin": report["rewards/margin"],
+            "pair_accuracy": report["rewards/accuracy"],
+        }
+        kept = {name: value for name, value in report.items() if name not in ("rewards/margin", "rewards/accuracy")}
+        self.evaluation.add(len(label), **measured, **kept)
+        self.looked_at.append(better_first(self.beta * compared.log_ratios, label))
+
+    def begin_evaluation(self, k: int) -> None:
+        super().begin_evaluation(k)
+        self.looked_at: list[Float[Tensor, "pair 2"]] = []
+
+    def figures(self) -> dict[str, Figure]:
+        pairs = self.trainer.datamodule.pairs[:SHOWN]
+        if self.looked_at:
+            return {"preferences": preferences(torch.cat(self.looked_at), "held-out")}
+        return {"preferences": preferences(self.rewards(pairs), "training")} if pairs else {}
+
+    def rewards(self, pairs: list[Pair]) -> Float[Tensor, "pair 2"]:
+        """Implicit rewards of the better and of the worse response of given pairs; every process calls it."""
+        rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+        said = torch.tensor([sum(values) for values in score_responses(unsharded(self.policy), rows)])
+        reference = torch.tensor([sum(values) for pair in pairs for values in pair.lp_ref])
+        label = torch.tensor([pair.label for pair in pairs])
+        return better_first(self.beta * (said - reference).unflatten(0, (-1, 2)), label)
 
     # The reference
 
@@ -107,10 +145,14 @@ class Preference(PolicyMethod):
         return [replace(pair, lp_ref=(values[2 * i], values[2 * i + 1])) for i, pair in enumerate(pairs)]
 
 
-def margin(compared: Compared, label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
-    """The log-ratio of the better response minus that of the worse one."""
-    difference = compared.log_ratios[:, 0] - compared.log_ratios[:, 1]
-    return torch.where(label < 0.5, -difference, difference).detach()
+def better_first(columns: Float[Tensor, "pair 2"], label: Float[Tensor, " pair"]) -> Float[Tensor, "pair 2"]:
+    """The columns of the better and of the worse response."""
+    return torch.where((label < 0.5)[:, None], columns.flip(1), columns)
+
+
+def margin(log_ratios: Float[Tensor, "pair 2"], label: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
+    """The log-ratio of the better response minus that of the worse one; 0 where the label is a tie."""
+    return (log_ratios[:, 0] - log_ratios[:, 1]) * torch.sign(label - 0.5)
 
 
 def accuracy(margins: Float[Tensor, " pair"]) -> Float[Tensor, " pair"]:
