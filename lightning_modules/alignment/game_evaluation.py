@@ -17,9 +17,9 @@ from lightning_modules.alignment.win_rate import WinRate
 class GameEvaluation:
     """What the data measures anyway (`usual`), and the win rate of `k` sampled answers under the method's oracle.
 
-    Against as many answers of the starting policy, drawn independently; an answer that was cut off loses. `kl_from_start`
-    is KL(start || policy) per answer (nats), estimated without bias on the starting policy's answers, and
-    `length_growth` the mean length of an answer over that of theirs.
+    Against as many answers of the starting policy, drawn independently; an answer that was cut off loses.
+    `kl_from_start` is KL(start || policy) per answer (nats), estimated without bias on the starting policy's answers,
+    and `length_growth` the mean length of an answer over that of theirs.
     """
 
     def __init__(self, method: Any, usual: Any, k: int) -> None:

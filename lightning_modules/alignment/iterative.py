@@ -15,6 +15,7 @@ from datamodules.batches import Pair, PreferenceBatch, Prompt, Trajectory
 from lightning_modules.alignment import labelling
 from lightning_modules.alignment.extrapolation import fitted_weights
 from lightning_modules.alignment.game_evaluation import GameEvaluation
+from lightning_modules.alignment.generation import Sampling
 from lightning_modules.alignment.oracle import Oracle, Remembered, labels_folder
 from lightning_modules.alignment.policy import Policy, unsharded
 from lightning_modules.alignment.policy_method import per_cent
@@ -23,6 +24,7 @@ from lightning_modules.alignment.rollout import cache_key, load, rollout, score_
 from lightning_modules.sharding import placed
 
 REFERENCES = ("previous", "initial", "ema")
+SEEDS_APART = 1_000_003  # between iterations
 
 
 class Iterative(Preference):
@@ -110,15 +112,16 @@ class Iterative(Preference):
         Every process calls it and gets the same pairs. `identity` is what else decides about an answer, `folder` is
         where answers and labels are kept. Raises ValueError where no pair is left.
         """
-        number = self.trainer.global_step // self.steps_per_iteration
+        number, k = self.trainer.global_step // self.steps_per_iteration, self.rollouts["k"]
         self._meet_opponents(identity, folder)
+        # numbers of its own: the same ones would let an iteration learn from the luck of the one before
+        sampling = replace(self.behaviour, seed=self.behaviour.seed + SEEDS_APART * number)
         if number >= self.begun:
-            trajectories = self._rollout(self._begin(number), prompts, identity, folder)
-        else:
-            trajectories = load(folder / self._cache(prompts, identity))
-        cache = folder / self._cache(prompts, identity)
-        groups = [trajectories[i : i + self.rollouts["k"]] for i in range(0, len(trajectories), self.rollouts["k"])]
-        tables = self._tables(prompts, groups, cache)
+            self.sample(self._begin(number), prompts, k, sampling, identity, folder)
+        cache = folder / cache_key(self.answered_by, prompts, k, sampling, identity)
+        trajectories = load(cache)
+        groups = [trajectories[i : i + k] for i in range(0, len(trajectories), k)]
+        tables = self._tables(prompts, groups, folder)
         pairs = self._pairs(number, groups, tables, self.reference_log_probs(trajectories, cache))
         self._note(number, trajectories, pairs, len(prompts))
         self._clock = None
@@ -149,39 +152,32 @@ class Iterative(Preference):
         before = self.kept.get("ema", now)
         self.kept["ema"] = {name: self.ema * before[name] + (1 - self.ema) * now[name] for name in now}
 
-    def _rollout(
-        self, policy: Policy, prompts: list[Prompt], identity: dict[str, Any], folder: Path
-    ) -> list[Trajectory]:
-        """K answers of these weights to every prompt, of which those that are on disk are not sampled again."""
-        return rollout(
-            policy,
-            prompts,
-            self.rollouts["k"],
-            self.behaviour,
-            self.scorer,
-            folder,
-            identity=identity,
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            barrier=self.trainer.strategy.barrier,
-            batch_rows=self.rollouts["batch_rows"],
-        )
-
-    def _cache(self, prompts: list[Prompt], identity: dict[str, Any]) -> str:
-        return cache_key(self.answered_by, prompts, self.rollouts["k"], self.behaviour, identity)
+    def sample(
+        self,
+        policy: Policy,
+        prompts: list[Prompt],
+        k: int,
+        sampling: Sampling,
+        identity: dict[str, Any],
+        folder: Path,
+    ) -> None:
+        """`k` answers of a policy to every prompt, of which those that are on disk are not sampled again."""
+        together = {"rank": self.trainer.global_rank, "world": self.trainer.world_size}
+        together |= {"barrier": self.trainer.strategy.barrier, "batch_rows": self.rollouts["batch_rows"]}
+        rollout(policy, prompts, k, sampling, self.scorer, folder, identity=identity, **together)
 
     # Labels
 
     def _tables(
-        self, prompts: list[Prompt], groups: list[list[Trajectory]], cache: Path
+        self, prompts: list[Prompt], groups: list[list[Trajectory]], folder: Path
     ) -> list[Float[Tensor, "k k"]]:
         """For every prompt the preferences among its answers. Each process asks for its share, all read the whole."""
-        folder, rank, world = labels_folder(cache, self.oracle), self.trainer.global_rank, self.trainer.world_size
+        labels, rank, world = labels_folder(folder, self.oracle), self.trainer.global_rank, self.trainer.world_size
         # an answer that was cut off is not judged
         ended = [[t.response for t in group if t.finished] for group in groups]
-        Remembered(self.oracle, folder).tables(prompts[rank::world], ended[rank::world])
+        Remembered(self.oracle, labels).tables(prompts[rank::world], ended[rank::world])
         self.trainer.strategy.barrier()
-        tables = Remembered(self.oracle, folder).tables(prompts, ended)
+        tables = Remembered(self.oracle, labels).tables(prompts, ended)
         return [_among_all(table, group) for table, group in zip(tables, groups)]
 
     def _pairs(
@@ -255,14 +251,11 @@ class Iterative(Preference):
         prompts = list({prompt.id: prompt for prompt in [*data.val, *data.test]}.values())
         # numbers of their own: an answer and its opponent are independent draws
         sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-        cache = folder / cache_key(self.started_from, prompts, k, sampling, identity)
         if not self.trainer.global_step:
-            rank, world, barrier = self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier
-            settings = {"rank": rank, "world": world, "barrier": barrier, "batch_rows": self.batch_rows}
-            rollout(self.policy, prompts, k, sampling, self.scorer, folder, identity=identity, **settings)
-        for trajectory in load(cache):
+            self.sample(self.policy, prompts, k, sampling, identity, folder)
+        for trajectory in load(folder / cache_key(self.started_from, prompts, k, sampling, identity)):
             self.opponents.setdefault(trajectory.prompt_id, []).append(trajectory)
-        self.judging = Remembered(self.oracle, labels_folder(cache, self.oracle))
+        self.judging = Remembered(self.oracle, labels_folder(folder, self.oracle))
 
     def begin_evaluation(self, k: int) -> None:
         super().begin_evaluation(k)

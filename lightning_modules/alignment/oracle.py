@@ -150,6 +150,21 @@ class Preference(Oracle):
             yield row, consistent(*(checked(value, prompt, self) for value in values), prompt, self)
 
 
+class Known(Oracle):
+    """What the data itself knows: a `Verifier` where answers can be checked, else its true `Preference`."""
+
+    def meet(self, data: Any) -> None:
+        self.oracle: Oracle = Verifier() if data.scorer else Preference()
+        self.oracle.meet(data)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.oracle.identity
+
+    def compare(self, prompts: list[Prompt], first: list[str], second: list[str]) -> Iterator[tuple[int, float]]:
+        return self.oracle.compare(prompts, first, second)
+
+
 class Table(Oracle):
     """A given table of preferences over a few answers, the same for every prompt: tabular games.
 
@@ -181,8 +196,8 @@ class Table(Oracle):
 class Remembered(Oracle):
     """Another oracle whose comparisons are kept on disk: none is asked twice, none that was answered is lost.
 
-    Each comparison is a line of its own, appended when it comes to a file that nobody else writes. What is known is what
-    all files of `folder` hold when this is made.
+    Each comparison is a line of its own, appended when it comes to a file that nobody else writes. What is known is
+    what all files of `folder` hold when this is made.
     """
 
     def __init__(self, oracle: Oracle, folder: Path) -> None:
@@ -213,10 +228,10 @@ class Remembered(Oracle):
                 file.flush()
 
 
-def labels_folder(rollouts: Path, oracle: Oracle) -> Path:
-    """Where the labels of an oracle for the answers in `rollouts` are kept."""
+def labels_folder(folder: Path, oracle: Oracle) -> Path:
+    """Where in `folder` the labels of an oracle are kept: for all runs, whatever policy has answered."""
     text = json.dumps(oracle.identity, sort_keys=True)
-    return rollouts / f"labels-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    return folder / f"labels-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
 def _key(prompt: Prompt, first: str, second: str) -> str:
