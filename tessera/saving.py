@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch.utils.data import DataLoader
 
-from lightning_modules.method import Method
 from tessera import ranks
 from tessera.stopping import Stop, Stopped
 
@@ -154,8 +153,9 @@ class Newest(Checkpoint):
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
         return {"rng": random_states(), "progress": copy.deepcopy(progress)}
 
-    def _due(self, step: int, method: Method) -> bool:
-        return step % self.every == 0 or method.owes_checkpoint(step)
+    def _due(self, step: int, module: L.LightningModule) -> bool:
+        owes = getattr(module, "owes_checkpoint", None)
+        return step % self.every == 0 or (owes is not None and owes(step))
 
     def _save(self, trainer) -> None:
         if self._saved == trainer.global_step:
