@@ -111,8 +111,8 @@ class Preference(PolicyMethod):
             "pair_accuracy": report["rewards/accuracy"],
         }
         kept = {name: value for name, value in report.items() if name not in ("rewards/margin", "rewards/accuracy")}
-        self.evaluation.add(len(label), **measured, **kept)
-        self.looked_at.append(better_first(self.beta * compared.log_ratios, label))
+        self.evaluation.add(float(len(label)), **measured, **kept)
+        self.looked_at.append(better_first(self.beta * compared.log_ratios.detach(), label))
 
     def begin_evaluation(self, k: int) -> None:
         super().begin_evaluation(k)
