@@ -167,6 +167,8 @@ class Chat(L.LightningDataModule):
     # Training
 
     def train_dataloader(self) -> DataLoader:
+        for part in ("val", "test"):
+            self._held_out_rows(part)  # as long as the policy is the one that its reference is
         return {TokenBatch: self._imitated, PreferenceBatch: self._compared}[self.method.batch_type]()
 
     def _imitated(self) -> DataLoader:

@@ -11,9 +11,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
-from datamodules.batches import Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import (
+    PackedPreferenceBatch,
+    Pair,
+    PreferenceBatch,
+    Prompt,
+    PromptBatch,
+    TokenBatch,
+    Trajectory,
+    TrajectoryBatch,
+)
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
 from datamodules.loaders import prompt_loader, training_loader
+from datamodules.pair_packing import packed_preference_batch
 from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
 from datamodules.trajectories import Response, read_trajectories
@@ -120,7 +130,8 @@ class MathProblems(L.LightningDataModule):
                 f"{self.multiple}) exceed the policy's context of {room} tokens: lower them to fit"
             )
         if self.packed and stage == "fit":
-            self.method.policy.check_packing()
+            policy = self.method.policy
+            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
         self.pad = self.tokenizer.pad_token_id
         self.val = self._prompts("val")
         self.test = self._prompts("test")
@@ -193,9 +204,13 @@ class MathProblems(L.LightningDataModule):
             self.trajectories = self.method.keep(self._trajectories())
             self.pairs = preference_pairs(self.trajectories, self.seed)
         rows = [(pair.prompt_ids, max(pair.responses, key=len), pair) for pair in self.pairs]
-        return self._loader(
-            rows, lambda chosen, share: preference_batch([row[2] for row in chosen], self.pad, share, self.multiple)
-        )
+        return self._loader(rows, lambda chosen, share: self._preference_batch([row[2] for row in chosen], share))
+
+    def _preference_batch(self, pairs: list[Pair], share: float) -> PreferenceBatch | PackedPreferenceBatch:
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
+        return preference_batch(pairs, self.pad, share, self.multiple)
 
     def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
         return training_loader(rows, cook, self.trainer, self.batch_size, self.seed, self.workers)

@@ -113,6 +113,7 @@ class Iterative(Preference):
         where answers and labels are kept. Raises ValueError where no pair is left.
         """
         number, k = self.trainer.global_step // self.steps_per_iteration, self.rollouts["k"]
+        self.oracle.to(self.device)
         self._meet_opponents(identity, folder)
         # numbers of its own: the same ones would let an iteration learn from the luck of the one before
         sampling = replace(self.behaviour, seed=self.behaviour.seed + SEEDS_APART * number)

@@ -41,6 +41,9 @@ class Oracle(ABC):
     def meet(self, data: Any) -> None:  # noqa: B027 - most know all that they need
         """Look at the datamodule before training. Raises ValueError where this oracle cannot judge its answers."""
 
+    def to(self, device: torch.device) -> None:  # noqa: B027 - most have no network
+        """Where a network of its own, if it has one, is to be."""
+
     @abstractmethod
     def compare(self, prompts: list[Prompt], first: list[str], second: list[str]) -> Iterator[tuple[int, float]]:
         """(row, P(first beats second)) for every row, in any order, as they become known."""

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datamodules.batches import Pair, PreferenceBatch
+from datamodules.batches import PackedPreferenceBatch, Pair, PreferenceBatch
 from lightning_modules.alignment.policy import unsharded
 from lightning_modules.alignment.policy_method import PolicyMethod
 from lightning_modules.alignment.preference_figures import preferences
 from lightning_modules.alignment.rollout import score_responses
-from lightning_modules.alignment.soft_q import k3
 
 SHOWN = 128  # training pairs in a figure
 
@@ -38,6 +37,7 @@ class Preference(PolicyMethod):
     """
 
     batch_type: ClassVar[type] = PreferenceBatch
+    packs: ClassVar[bool] = True
     unchecked: ClassVar[tuple[str, str]] = ("val/pair_accuracy", "max")
 
     def __init__(self, loss: Callable[..., Tensor], **policy_method: Any) -> None:
@@ -65,15 +65,22 @@ class Preference(PolicyMethod):
             )
         return self.loss(a, b, **{name: known[name] for name in self.asked})
 
-    def compare(self, batch: PreferenceBatch) -> Compared:
+    def compare(self, batch: PreferenceBatch | PackedPreferenceBatch) -> Compared:
         """Both responses under policy and reference."""
-        ids, mask = batch["ids"].flatten(0, 1), batch["mask"].flatten(0, 1)
-        log_probs = self.policy(ids, mask).log_probs
-        log_ratios = log_probs - batch["lp_ref"].flatten(0, 1)
-        rows = log_probs.sum(1), log_ratios.sum(1), mask.sum(1), k3(log_ratios.detach(), mask)
-        return Compared(*(row.unflatten(0, (-1, 2)) for row in rows))
+        if "branch" in batch:
+            ids, mask, lp_ref = batch["ids"], batch["mask"], batch["lp_ref"]
+            log_probs = self.policy(ids, mask, batch["positions"], batch["branch"]).log_probs
+        else:
+            ids, mask, lp_ref = (batch[name].flatten(0, 1) for name in ("ids", "mask", "lp_ref"))
+            log_probs = self.policy(ids, mask).log_probs
+        log_ratios = log_probs - lp_ref
+        d = log_ratios.detach()
+        lengths = per_response(mask, batch)
+        # as `k3`, an estimate of KL(pi || pi_ref) per token where a response was sampled from pi
+        kl = per_response(torch.expm1(-d) + d, batch) / lengths
+        return Compared(per_response(log_probs, batch), per_response(log_ratios, batch), lengths, kl)
 
-    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: PreferenceBatch | PackedPreferenceBatch, batch_idx: int) -> Tensor:
         compared = self.compare(batch)
         loss = self.losses(*compared.log_ratios.unbind(1), batch, compared.lengths).mean()
         if self.logs_now:
@@ -143,6 +150,19 @@ class Preference(PolicyMethod):
         rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
         values = self._stored("reference", rows, lambda: score_responses(unsharded(self.policy), rows), folder)
         return [replace(pair, lp_ref=(values[2 * i], values[2 * i + 1])) for i, pair in enumerate(pairs)]
+
+
+def per_response(
+    values: Shaped[Tensor, "rows steps"], batch: PreferenceBatch | PackedPreferenceBatch
+) -> Shaped[Tensor, "pair 2"]:
+    """Sums over the tokens of each response; `values` are zero outside the mask."""
+    if "branch" not in batch:
+        return values.sum(1).unflatten(0, (-1, 2))
+    mask, values = batch["mask"], values.long() if values.dtype == torch.bool else values
+    branch = batch["branch"][:, :-1][mask]
+    sums = values.new_zeros(2 * len(batch["label"]))
+    column = 2 * branch.div(3, rounding_mode="floor") + branch.remainder(3) - 1
+    return sums.index_add(0, column, values[mask]).unflatten(0, (-1, 2))
 
 
 def better_first(columns: Float[Tensor, "pair 2"], label: Float[Tensor, " pair"]) -> Float[Tensor, "pair 2"]:
