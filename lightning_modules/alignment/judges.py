@@ -4,18 +4,24 @@ A judge is called with the tensors of a `PreferenceBatch` and gives log-odds tha
 an oracle it takes text: `prefer`, `score` and `table`.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from datamodules.batches import Prompt
-from lightning_modules.alignment.policy import Policy
-from lightning_modules.alignment.preference_embedding import score, score_matrix, scalar_embedding
+from lightning_modules.alignment.policies import pretrained
+from lightning_modules.alignment.policy import Policy, fingerprint, folder_at_once
+from lightning_modules.alignment.preference_embedding import cross_entropy, scalar_embedding, score, score_matrix
 
+HEAD, ABOUT = "head.safetensors", "judge.json"  # of an exported judge, beside its trunk
 ROWS_AT_ONCE = 32  # answers in one pass of the trunk when a judge is asked as an oracle
 GATE_SCALES = ("sum1", "mean1")
 
@@ -36,7 +42,7 @@ class Gate(nn.Module):
     def __init__(self, width: int, planes: int, scale: str = "sum1") -> None:
         super().__init__()
         if scale not in GATE_SCALES:
-            raise ValueError(f"model.head.gate_scale={scale}: there are {' and '.join(GATE_SCALES)}")
+            raise ValueError(f"model.judge.head.gate_scale={scale}: there are {' and '.join(GATE_SCALES)}")
         self.linear = nn.Linear(width, planes, bias=False)
         self.total = planes if scale == "mean1" else 1
 
@@ -51,7 +57,10 @@ class EmbeddingHead(nn.Module):
     def __init__(self, width: int, dim: int, normalise: bool, gate: bool, gate_scale: str = "sum1") -> None:
         super().__init__()
         if dim < 2 or dim % 2:
-            raise ValueError(f"model.head.dim={dim}: an embedding is made of planes, so take 2, 4, 6, ...")
+            raise ValueError(f"model.judge.head.dim={dim}: an embedding is made of planes, so take 2, 4, 6, ...")
+        self.settings = {
+            "head": "EmbeddingHead", "dim": dim, "normalise": normalise, "gate": gate, "gate_scale": gate_scale
+        }  # fmt: skip
         self.linear = _projection(width, dim)
         self.normalise = normalise
         self.gate = Gate(width, dim // 2, gate_scale) if gate else None
@@ -75,7 +84,10 @@ class RewardHead(nn.Module):
     def __init__(self, width: int, dim: int = 1, gate: bool = False) -> None:
         super().__init__()
         if dim < 1 or (dim > 1 and not gate):
-            raise ValueError(f"model.head.dim={dim}: one reward, or several with model.head.gate=true to mix them")
+            raise ValueError(
+                f"model.judge.head.dim={dim}: one reward, or several that model.judge.head.gate=true mixes"
+            )
+        self.settings = {"head": "RewardHead", "dim": dim, "gate": gate}
         self.linear = _projection(width, dim)
         self.gate = Gate(width, dim) if gate else None
 
@@ -93,6 +105,18 @@ class Judge(nn.Module):
         super().__init__()
         self.policy = policy
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is beside its weights, in JSON's types."""
+        return {"judge": type(self).__name__}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its verdicts depend on."""
+        return self.about | {
+            "weights": {name: fingerprint(part.state_dict()) for name, part in self.networks().items()}
+        }
+
     def networks(self) -> dict[str, nn.Module]:
         """The parts that are trained, by name."""
         return {"policy": self.policy}
@@ -101,8 +125,19 @@ class Judge(nn.Module):
         """What FSDP2 shards one by one."""
         return self.policy.shard_units()
 
-    def forward(self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]) -> Any:
-        """Log-odds (nats) that the first answer of each pair is better, as logits of a loss or as an oracle's answer."""
+    def forward(
+        self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]
+    ) -> Float[Tensor, " pair"]:
+        """Log-odds (nats) that the first answer of each pair is better."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        ids: Int[Tensor, "pair 2 length"],
+        mask: Bool[Tensor, "pair 2 length-1"],
+        label: Float[Tensor, " pair"],
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """(the loss of each pair, its log-odds), where `label` is the probability that the first answer is better."""
         raise NotImplementedError
 
     def matrix(self, prompt: list[int], answers: Sequence[list[int]]) -> Float[Tensor, "k k"]:
@@ -137,30 +172,39 @@ class Judge(nn.Module):
     def encode_prompt(self, prompt: Prompt) -> list[int]:
         """Tokens of a prompt in this judge's own vocabulary.
 
-        Raises ValueError where the prompt's tokens are another tokenizer's and there is no chat template to make them
-        anew.
+        The prompt's own tokens, where they spell its question in this vocabulary. Raises ValueError where they do not
+        and there is no chat template to make them anew.
         """
         tokenizer = self.policy.tokenizer
+        if prompt.question.strip() in tokenizer.decode(prompt.ids):
+            return prompt.ids
         if prompt.messages and tokenizer.chat_template:
             turns = [{"role": message.role, "content": message.content} for message in prompt.messages]
             rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
             return tokenizer.encode(rendered, add_special_tokens=False)
-        if prompt.question.strip() in tokenizer.decode(prompt.ids):
-            return prompt.ids
         raise ValueError(
-            f"the tokens of prompt {prompt.id} are not of the judge's tokenizer, which has no chat template to read its "
-            "messages by: train the judge with the policy of the game"
+            f"the tokens of prompt {prompt.id} are not of the judge's tokenizer, which has no chat template to read "
+            "its messages by: train the judge with the policy of the game"
         )
 
 
 class EmbeddingJudge(Judge):
-    """One pass of the trunk per answer: log-odds are the score of two embeddings over the temperature `tau`."""
+    """One pass of the trunk per answer: log-odds are the score of two embeddings over the temperature `tau`.
 
-    def __init__(self, policy: Policy, head: Callable[..., nn.Module], tau: float) -> None:
+    `loss(score, label, tau)` is of `preference_embedding`.
+    """
+
+    def __init__(
+        self, policy: Policy, head: Callable[..., nn.Module], tau: float, loss: Callable[..., Tensor] = cross_entropy
+    ) -> None:
         super().__init__(policy)
         if tau <= 0:
-            raise ValueError(f"model.tau={tau}: a temperature is above 0")
-        self.head, self.tau = head(policy.width), tau
+            raise ValueError(f"model.judge.tau={tau}: a temperature is above 0")
+        self.head, self.tau, self.loss = head(policy.width), tau, loss
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return super().about | {"tau": self.tau, "head": self.head.settings}
 
     def networks(self) -> dict[str, nn.Module]:
         return super().networks() | {"head": self.head}
@@ -178,7 +222,7 @@ class EmbeddingJudge(Judge):
 
         `positions` that begin anew say where a sequence begins in its row, as in `Policy.forward`.
         """
-        ids, end = ended(ids, mask, self.policy.tokenizer.eos_token_id)
+        ids, end = ended(ids, mask, self.policy.tokenizer.eos_token_id, self.policy.stop_ids)
         if positions is not None:
             positions = torch.cat([positions, positions[..., -1:] + 1, positions[..., -1:] + 2], -1).flatten(0, 1)
         flat = ids.flatten(0, 1)
@@ -194,8 +238,19 @@ class EmbeddingJudge(Judge):
         embedded = self.embed(ids, mask)
         return score(embedded.vectors[:, 0], embedded.vectors[:, 1], embedded.scale)
 
-    def forward(self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]) -> Float[Tensor, " pair"]:
+    def forward(
+        self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]
+    ) -> Float[Tensor, " pair"]:
         return self.raw(ids, mask) / self.tau
+
+    def fit(
+        self,
+        ids: Int[Tensor, "pair 2 length"],
+        mask: Bool[Tensor, "pair 2 length-1"],
+        label: Float[Tensor, " pair"],
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        scores = self.raw(ids, mask)
+        return self.loss(scores, label, self.tau), scores / self.tau
 
     def represent(self, prompt: list[int], answers: Sequence[list[int]]) -> Embedded:
         """Embeddings of k answers to one prompt, (1, k, d), from tokens: k passes of the trunk."""
@@ -244,10 +299,25 @@ class PairwiseJudge(Judge):
 
     def _answer(self, ids: list[int], mask: list[bool]) -> list[int]:
         answer = [token for token, marked in zip(ids[1:], mask) if marked]
-        return answer[:-1] if answer[-1] == self.policy.tokenizer.eos_token_id else answer
+        return answer[:-1] if answer[-1] in self.policy.stop_ids else answer
 
-    def forward(self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]) -> Float[Tensor, " pair"]:
+    def forward(
+        self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]
+    ) -> Float[Tensor, " pair"]:
         return swap_averaged(self.logits(ids, mask)[..., self.labels])
+
+    def fit(
+        self,
+        ids: Int[Tensor, "pair 2 length"],
+        mask: Bool[Tensor, "pair 2 length-1"],
+        label: Float[Tensor, " pair"],
+    ) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
+        """The language-modelling loss of the answer A or B, over both orders; RLHFlow draws one of them."""
+        logits = self.logits(ids, mask)
+        log_p = torch.log_softmax(logits, -1)[..., self.labels]  # of A and B, in the order as it stands and exchanged
+        p = torch.stack([label, 1 - label], -1)
+        loss = -(p * log_p[:, 0] + p.flip(-1) * log_p[:, 1]).sum(-1) / 2
+        return loss, swap_averaged(logits[..., self.labels])
 
     def matrix(self, prompt: list[int], answers: Sequence[list[int]]) -> Float[Tensor, "k k"]:
         matrix = torch.zeros(len(answers), len(answers))
@@ -271,16 +341,59 @@ def swap_averaged(logits: Float[Tensor, "pair 2 2"]) -> Float[Tensor, " pair"]:
 
 
 def ended(
-    ids: Int[Tensor, "batch answers length"], mask: Bool[Tensor, "batch answers length-1"], eos: int
+    ids: Int[Tensor, "batch answers length"], mask: Bool[Tensor, "batch answers length-1"], eos: int, stops: list[int]
 ) -> tuple[Int[Tensor, "batch answers length+2"], Int[Tensor, "batch answers"]]:
-    """Tokens two places longer, with an end token after every answer that has none, and the index of the end tokens.
+    """Tokens two places longer, with an end token after every answer, and the index of the end tokens.
 
-    Writing over the last token instead, as the released code does, destroys what it said. The second place is for the
-    policy, which looks at all tokens but the last one.
+    An answer that ends with one of `stops` is left with `eos` in its place, however the template ends a turn. Writing
+    over any last token, as the released code does, would destroy what it said. The second place is for the policy,
+    which looks at all tokens but the last one.
     """
     last = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
-    end = last + (ids.gather(-1, last[..., None])[..., 0] != eos)
+    said = ids.gather(-1, last[..., None])[..., 0]
+    end = last + ~torch.isin(said, torch.tensor(stops, device=ids.device))
     return F.pad(ids, (0, 2)).scatter(-1, end[..., None], eos), end
+
+
+HEADS = {head.__name__: head for head in (EmbeddingHead, RewardHead)}
+
+
+def new_head(settings: dict[str, Any], width: int) -> nn.Module:
+    """A head by its `settings`, untrained."""
+    return HEADS[settings["head"]](width, **{name: value for name, value in settings.items() if name != "head"})
+
+
+def export(about: dict[str, Any], policy: Policy, head: nn.Module | None, folder: Path) -> Path:
+    """Write a judge: its trunk as transformers loads it, its head, and what it is (`Judge.about`).
+
+    The folder is complete or absent; an earlier one is replaced. Raises RuntimeError when the weights are sharded.
+    """
+    with folder_at_once(folder) as temporary:
+        policy.export(temporary)
+        if head is not None:
+            save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary / HEAD)
+        (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    return folder
+
+
+def load(folder: str | Path) -> Judge:
+    """The judge that `export` wrote, in eval mode, ready to be asked as an oracle.
+
+    Raises FileNotFoundError where the folder holds none.
+    """
+    folder = Path(folder)
+    if not (folder / ABOUT).is_file():
+        raise FileNotFoundError(
+            f"{folder} is no export of a judge (it has no {ABOUT}): give the export/ folder of a run of model=gpm, "
+            "model=bt or model=pairpm"
+        )
+    about, policy = json.loads((folder / ABOUT).read_text()), pretrained(str(folder))
+    if "head" in about:
+        judge: Judge = EmbeddingJudge(policy, partial(new_head, about["head"]), about["tau"])
+        judge.head.load_state_dict(load_file(folder / HEAD))
+    else:
+        judge = PairwiseJudge(policy)
+    return judge.requires_grad_(False).eval()
 
 
 def _projection(width: int, dim: int) -> nn.Linear:

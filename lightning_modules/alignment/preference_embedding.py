@@ -21,7 +21,7 @@ def score(
     """
     if first.shape[-1] % 2:
         raise ValueError(
-            f"a preference embedding has {first.shape[-1]} dimensions, which is odd: take an even model.dim"
+            f"a preference embedding has {first.shape[-1]} dimensions, which is odd: take an even model.judge.head.dim"
         )
     first, second = _exact(first), _exact(second)
     planes = first[..., 0::2] * second[..., 1::2] - first[..., 1::2] * second[..., 0::2]
