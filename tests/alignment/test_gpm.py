@@ -225,18 +225,18 @@ def test_the_loss_of_a_judge_is_that_of_its_scores(loss):
 
 def tournaments(tmp_path, **changes) -> Tournaments:
     settings = {
-        "tournaments": {"cycle": [2, 3]}, "strength": 4.0, "label": "hard", "pairs": 600, "held_out": 60,
+        "tournaments": {"cycle": [1, 3]}, "strength": 4.0, "label": "hard", "pairs": 600, "held_out": 60,
         "batch_size": 32, "max_prompt": 64, "max_response": 64, "seed": 1, "workers": 0, "download": False,
         "cache": str(tmp_path),
     }  # fmt: skip
     return Tournaments(**settings | changes)
 
 
-def fitted(kind, data: Tournaments, tmp_path, steps: int = 120) -> tuple[PreferenceModel, dict]:
+def fitted(kind, data: Tournaments, tmp_path, steps: int = 100) -> tuple[PreferenceModel, dict]:
     method = PreferenceModel(
         small_policy(),
         kind,
-        functools.partial(torch.optim.AdamW, lr=4e-3, weight_decay=0.0),
+        functools.partial(torch.optim.AdamW, lr=8e-3, weight_decay=0.0),
         functools.partial(warmup_cosine, warmup=10),
     )
     trainer = L.Trainer(
@@ -250,9 +250,9 @@ def fitted(kind, data: Tournaments, tmp_path, steps: int = 120) -> tuple[Prefere
 
 
 def test_planes_say_a_cycle_that_no_scalar_can_and_the_export_is_an_oracle(tmp_path):
-    flat = functools.partial(EmbeddingHead, dim=2, normalise=True, gate=False)
+    plane = functools.partial(EmbeddingHead, dim=2, normalise=False, gate=False)
     data = tournaments(tmp_path)
-    method, found = fitted(functools.partial(EmbeddingJudge, head=flat, tau=0.1), data, tmp_path)
+    method, found = fitted(functools.partial(EmbeddingJudge, head=plane, tau=1.0), data, tmp_path)
     assert found["test-standin/pair_accuracy"] > 0.99
     assert found["test-standin/pair_accuracy_low"] < 1
     assert {"accuracy", "score_matrices", "embeddings"} == method.figures().keys()
