@@ -146,6 +146,7 @@ class Tournaments(L.LightningDataModule):
         self.tournaments = list(self._drawn())
         self.subsets = tuple(self.kinds)
         self.pairs: list[Pair] = []
+        self._tokens: dict[tuple[int, tuple[str, str]], list[int]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -186,7 +187,7 @@ class Tournaments(L.LightningDataModule):
         wordings = [(name, thing) for name in NAMES for thing in THINGS]
         random.Random(self.seed).shuffle(wordings)
         parts = {"train": wordings[:36], "val": wordings[36:42], "test": wordings[42:]}
-        rng = random.Random(self.seed)
+        rng, self._tokens = random.Random(self.seed), {}
         for tournament in self.tournaments:
             tournament.prompt_ids = self._encode_prompt(PROMPT.format(number=tournament.number))
             tournament.answers = [self._encode(item, parts["val"][0]) for item in range(len(tournament.log_odds))]
@@ -208,8 +209,11 @@ class Tournaments(L.LightningDataModule):
         return self.tokenizer.encode(rendered, add_special_tokens=False)
 
     def _encode(self, item: int, wording: tuple[str, str]) -> list[int]:
-        text = WORDING.format(name=wording[0], item=item, thing=wording[1])
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        if (item, wording) not in self._tokens:
+            text = WORDING.format(name=wording[0], item=item, thing=wording[1])
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+            self._tokens[item, wording] = [*ids, self.tokenizer.eos_token_id]
+        return self._tokens[item, wording]
 
     def _sampled(self, kind: str, part: str, rng: random.Random, wordings: Sequence[tuple[str, str]]) -> list[Pair]:
         """Pairs of a kind: training samples them, what is held out goes through all edges in turn."""

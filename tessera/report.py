@@ -106,7 +106,7 @@ def command(words: list[str]) -> str:
 
 PANELS = {
     "loss": r"loss$",
-    "held-out": r"(greedy|auc)$",
+    "held-out": r"(greedy|auc|pair_accuracy)$",
     "sum of log ratios": r"log_ratio",
     "value and reward": r"(value_start|/reward)$",
     "gradient norm": r"grad_norm",
