@@ -179,7 +179,7 @@ class Policy(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of the weights: names, types, shapes and bytes. Every rank calls it when the weights are sharded."""
-        return _fingerprint(self.model.state_dict())
+        return fingerprint(self.model.state_dict())
 
     def shard_units(self) -> list[nn.Module]:
         """What FSDP2 shards one by one: the decoder layers, then the policy itself."""
@@ -227,7 +227,7 @@ class AdapterOff:
     def fingerprint(self) -> str:
         """Hash of the weights without the adapter's."""
         state = self.policy.model.state_dict()
-        return _fingerprint({name: tensor for name, tensor in state.items() if "lora_" not in name})
+        return fingerprint({name: tensor for name, tensor in state.items() if "lora_" not in name})
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -334,7 +334,8 @@ def _same_architecture(policy: Policy) -> nn.Module:
     return model
 
 
-def _fingerprint(state: dict[str, Tensor]) -> str:
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Hash of weights: names, types, shapes and bytes. Every rank calls it when they are sharded."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         tensor = sharding.whole(state[name]) if isinstance(state[name], DTensor) else state[name]
