@@ -256,3 +256,27 @@ def test_nobody_at_the_address_is_one_sentence():
         oracle.prefer([prompt()], ["a"], ["b"])
     with pytest.raises(ValueError, match=r"oracle\.url must begin with http"):
         endpoint(SimpleNamespace(url="http://user:word@host"))
+
+
+def test_a_judge_of_another_run_is_an_oracle(tmp_path):
+    from functools import partial
+
+    from lightning_modules.alignment import policies
+    from lightning_modules.alignment.judges import EmbeddingHead, EmbeddingJudge, export
+    from lightning_modules.alignment.learned_oracle import Learned
+
+    policy = policies.tiny(width=16, layers=1, heads=2, hidden=16, context=64)
+    judge = EmbeddingJudge(policy, partial(EmbeddingHead, dim=4, normalise=True, gate=True), tau=0.1)
+    ids = policy.tokenizer.encode("question 0")
+    asked = [Prompt(f"p{number}", "question 0", "", ids) for number in range(2)]
+    export(judge.about, policy, judge.head, tmp_path / "export")
+    oracle = Learned(str(tmp_path / "export"))
+    first, second = ["Tom", "Ana", "Tom"], ["Ana", "Ben", "Tom"]
+    prompts = [asked[0], asked[1], asked[0]]
+    torch.testing.assert_close(oracle.prefer(prompts, first, second), judge.prefer(prompts, first, second))
+    assert oracle.prefer(prompts, first, first).tolist() == pytest.approx([0.5] * 3)
+    backward = oracle.prefer(prompts, second, first)
+    torch.testing.assert_close(oracle.prefer(prompts, first, second) + backward, torch.ones(3))
+    assert Learned(str(tmp_path / "export")).identity == oracle.identity
+    with pytest.raises(FileNotFoundError, match="is no export of a judge"):
+        Learned(str(tmp_path))
