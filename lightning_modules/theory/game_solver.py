@@ -26,13 +26,15 @@ class GameSolver(Simulation):
     caption: ClassVar[str] = "exploitability (half of the duality gap) of the average and of the last policy by round"
     log_log: ClassVar[tuple[str, ...]] = ("average", "last")
 
-    def __init__(self, algorithm: Algorithm) -> None:
-        super().__init__()
+    def __init__(self, algorithm: Algorithm, at: list[int]) -> None:
+        super().__init__(at)
         self.algorithm = algorithm
 
     def meet(self, data: L.LightningDataModule) -> None:
         """Take the game from the data."""
         super().meet(data)
+        if not hasattr(data, "game"):
+            raise ValueError(f"data={data.name} has no game: take data=rps2, rps, random_games or game")
         state = self.algorithm.begin(data.game)
         tables = {"payoff": data.game.payoff, "transition": data.game.transition}
         for name, table in {**tables, **state._asdict(), "total": state.log_policy * 0}.items():

@@ -5,13 +5,14 @@ first round, and is called with the state of a round and the occupancy that was 
 """
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from datamodules.batches import Game
 from lightning_modules.theory.markov_game import Table, backward, mean_payoff, occupancy, q_values, uniform
+from lightning_modules.theory.momentum import check_momentum, extrapolated
 
 THEOREM_OMPO = 1 / math.sqrt(2)  # largest step of theorem 5, the divergence being 1-strongly convex
 
@@ -23,6 +24,7 @@ class State(NamedTuple):
     memory: Table
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """A way to learn a game."""
 
@@ -157,14 +159,3 @@ def soft_step(game: Game, reward: Table, log_policy: Table, beta: float) -> Tabl
 def theorem_step(log_policy: Table, rounds: int) -> float:
     """beta of theorem 4, from a uniform start: pi_min is 1 over the number of actions."""
     return math.sqrt(math.log(log_policy.shape[-1]) / rounds) / log_policy.shape[-3]
-
-
-def extrapolated(fitted: Tensor, before: Tensor, alpha: float) -> Tensor:
-    """log of pihat (pihat / pihat_before)^alpha, normalised over the last axis."""
-    return (fitted + alpha * (fitted - before)).log_softmax(-1)
-
-
-def check_momentum(alpha: float) -> None:
-    """Raise ValueError for a momentum that diverges."""
-    if not -1 < alpha < 1:
-        raise ValueError(f"alpha={alpha} must lie in (-1, 1): from 1 on the momentum grows without bound")

@@ -27,12 +27,12 @@ class Simulation(Method):
     """
 
     batch_type: ClassVar[type] = RoundBatch
-    at: ClassVar[tuple[int, ...]] = (100, 1000, 10_000)  # rounds whose measurements stand in the table
     log_log: ClassVar[tuple[str, ...]] = ()  # measurements that should fall as a power of the round
     leaves: ClassVar[str] = "`export/curves.csv` has every measurement by round."
 
-    def __init__(self) -> None:
+    def __init__(self, at: list[int]) -> None:
         super().__init__(_counter, _constant)
+        self.at = at
         self.automatic_optimization = False
         self.rounds: list[int] = []
         self.curves: dict[str, list[Float[Tensor, " copies"]]] = {}

@@ -186,7 +186,7 @@ def test_with_one_stage_mpo_is_exponentiated_gradient_and_ompo_optimistic_weight
 def test_momentum_does_not_help_on_a_cycle_where_optimism_does():
     game = rps(0.4, 0.2, 0.6)
     assert all(played(game, Accelerated(2.0, alpha), 400, every=400)[2][-1] > 0.02 for alpha in (0.0, 0.3))
-    assert played(game, ompo(2.0), 400, every=400)[2][-1] < 1e-12
+    assert played(game, ompo(2.0), 400, every=400)[2][-1] < 1e-4
 
 
 @pytest.mark.slow
