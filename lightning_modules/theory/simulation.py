@@ -46,10 +46,6 @@ class Simulation(Method):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return _counter()
 
-    def configure_model(self) -> None:
-        if self.trainer.world_size > 1:
-            raise ValueError(f"{type(self).__name__} updates are made by one process: take trainer.devices=1")
-
     def training_step(self, batch: RoundBatch, batch_idx: int) -> None:
         rounds = batch["rounds"].tolist()
         with torch.no_grad():
