@@ -153,6 +153,24 @@ class PreferenceBatch(TypedDict):
     value: NotRequired[Float[Tensor, "batch 2"]]
 
 
+class PackedPreferenceBatch(TypedDict):
+    """Pairs end to end in rows, the prompt of each once: it is followed by both responses, which do not see each other.
+
+    `branch` is 3 n in the prompt of pair n, 3 n + 1 in its first and 3 n + 2 in its second response, each of which
+    begins with another copy of the prompt's last token, whose prediction its first token is; -1 is padding. `positions`
+    count as if each response stood behind the prompt by itself. The rest is as in `PreferenceBatch`.
+    """
+
+    ids: Int[Tensor, "rows length"]
+    mask: Bool[Tensor, "rows length-1"]
+    positions: Int[Tensor, "rows length"]
+    branch: Int[Tensor, "rows length"]
+    label: Float[Tensor, " batch"]
+    token_share: Float[Tensor, ""]
+    lp_ref: NotRequired[Float[Tensor, "rows length-1"]]
+    value: NotRequired[Float[Tensor, "batch 2"]]
+
+
 class RoundBatch(TypedDict):
     """Rounds of a simulation to play next, by their numbers from 0; what is random in one depends on seed and number.
 

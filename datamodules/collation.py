@@ -1,6 +1,7 @@
 """From sequences of tokens to the tensors of a batch: a sequence a row, right-padded, or several packed into a row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,6 +10,7 @@ from torch import Tensor
 from datamodules.batches import Pair, PreferenceBatch, TokenBatch, Trajectory, TrajectoryBatch
 
 Row = tuple[list[int], list[int]]  # prompt and response
+Packed = TypeVar("Packed")
 
 
 def token_batch(rows: Sequence[Row], pad: int, token_share: float, multiple: int = 1) -> TokenBatch:
@@ -19,7 +21,7 @@ def token_batch(rows: Sequence[Row], pad: int, token_share: float, multiple: int
 
 def packed_batch(rows: Sequence[Row], pad: int, token_share: float, multiple: int, room: int) -> TokenBatch:
     """As `token_batch`, with the sequences end to end in rows of up to `room` tokens (or as the longest one needs)."""
-    ids, mask, positions = _laid_out(_packed(rows, room), pad, multiple)
+    ids, mask, positions = _laid_out(in_rows(rows, _length, room), pad, multiple)
     return TokenBatch(ids=ids, mask=mask, token_share=_scalar(token_share), positions=positions)
 
 
@@ -62,17 +64,17 @@ def padded_length(tokens: int, multiple: int) -> int:
     return 1 + -(-(tokens - 1) // multiple) * multiple
 
 
-def _packed(rows: Sequence[Row], room: int) -> list[list[Row]]:
-    """Few groups that are no longer than `room`: each sequence, longest first, into the first group that takes it."""
-    groups: list[list[Row]] = []
+def in_rows(items: Sequence[Packed], length: Callable[[Packed], int], room: int) -> list[list[Packed]]:
+    """Few groups that are no longer than `room`: each item, longest first, into the first group that takes it."""
+    groups: list[list[Packed]] = []
     filled: list[int] = []
-    for row in sorted(rows, key=_length, reverse=True):
-        place = next((i for i, tokens in enumerate(filled) if tokens + _length(row) <= room), len(groups))
+    for item in sorted(items, key=length, reverse=True):
+        place = next((i for i, tokens in enumerate(filled) if tokens + length(item) <= room), len(groups))
         if place == len(groups):
             groups.append([])
             filled.append(0)
-        groups[place].append(row)
-        filled[place] += _length(row)
+        groups[place].append(item)
+        filled[place] += length(item)
     return groups
 
 

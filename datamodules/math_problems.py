@@ -11,14 +11,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
-from datamodules.batches import Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import (
+    PackedPreferenceBatch,
+    Pair,
+    PreferenceBatch,
+    Prompt,
+    PromptBatch,
+    TokenBatch,
+    Trajectory,
+    TrajectoryBatch,
+)
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
+from datamodules.loaders import prompt_loader, training_loader
+from datamodules.pair_packing import packed_preference_batch
 from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
-from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
-PROMPTS_AT_ONCE = 64
 PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
@@ -121,7 +130,8 @@ class MathProblems(L.LightningDataModule):
                 f"{self.multiple}) exceed the policy's context of {room} tokens: lower them to fit"
             )
         if self.packed and stage == "fit":
-            self.method.policy.check_packing()
+            policy = self.method.policy
+            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
         self.pad = self.tokenizer.pad_token_id
         self.val = self._prompts("val")
         self.test = self._prompts("test")
@@ -194,23 +204,16 @@ class MathProblems(L.LightningDataModule):
             self.trajectories = self.method.keep(self._trajectories())
             self.pairs = preference_pairs(self.trajectories, self.seed)
         rows = [(pair.prompt_ids, max(pair.responses, key=len), pair) for pair in self.pairs]
-        return self._loader(
-            rows, lambda chosen, share: preference_batch([row[2] for row in chosen], self.pad, share, self.multiple)
-        )
+        return self._loader(rows, lambda chosen, share: self._preference_batch([row[2] for row in chosen], share))
+
+    def _preference_batch(self, pairs: list[Pair], share: float) -> PreferenceBatch | PackedPreferenceBatch:
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
+        return preference_batch(pairs, self.pad, share, self.multiple)
 
     def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
-        batches = StepIndexed(
-            lengths=[len(row[0]) + len(row[1]) for row in rows],
-            tokens=[len(row[1]) for row in rows],
-            batch_size=self.batch_size,
-            seed=self.seed,
-            cook=lambda numbers, share: cook([rows[number] for number in numbers], share),
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-        )
-        sampler = FromStep(batches, lambda: self.trainer.global_step)
-        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.workers)
+        return training_loader(rows, cook, self.trainer, self.batch_size, self.seed, self.workers)
 
     def _trajectories(self) -> list[Trajectory]:
         if self.responses:
@@ -257,21 +260,13 @@ class MathProblems(L.LightningDataModule):
     # Evaluation
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [self._questions(self.val), *self._held_out()]
+        return [prompt_loader(self.val, self.trainer), *self._held_out()]
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self._questions(self.test), *self._held_out()]
+        return [prompt_loader(self.test, self.trainer), *self._held_out()]
 
     def predict_dataloader(self) -> DataLoader:
-        return self._questions(self.test)
-
-    def _questions(self, prompts: list[Prompt]) -> DataLoader:
-        """This process's share, problems of similar length together; no problem is dealt out twice."""
-        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))[
-            self.trainer.global_rank :: self.trainer.world_size
-        ]
-        cut = [ordered[i : i + PROMPTS_AT_ONCE] for i in range(0, len(ordered), PROMPTS_AT_ONCE)]
-        return DataLoader([PromptBatch(prompts=part) for part in cut], batch_size=None)
+        return prompt_loader(self.test, self.trainer)
 
     def _held_out(self) -> list[DataLoader]:
         """Scored solutions of held-out problems, all of them on every process: their networks may be sharded."""

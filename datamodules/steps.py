@@ -18,7 +18,8 @@ class StepIndexed(Dataset):
 
     The stream is one seeded permutation of the rows after another. Eight steps' rows are sorted by length and dealt out
     as eight batches in a seeded order; each batch is dealt over the `world * accumulate` micro-batches of its step.
-    `cook(rows, token_share)` makes the batch; `token_share` is as in `datamodules.batches.TokenBatch`.
+    `cook(rows, token_share)` makes the batch; `token_share` is as in `datamodules.batches.TokenBatch`. With `steps` a
+    pass has that many, however many rows there are, and each pass begins the stream anew: its rows are its own.
 
     Raises ValueError when the global batch cannot be dealt out evenly or there are no rows.
     """
@@ -33,6 +34,7 @@ class StepIndexed(Dataset):
         rank: int = 0,
         world: int = 1,
         accumulate: int = 1,
+        steps: int | None = None,
     ) -> None:
         shares = world * accumulate
         if not lengths:
@@ -44,11 +46,12 @@ class StepIndexed(Dataset):
             )
         self.lengths, self.tokens, self.batch_size, self.seed = lengths, tokens, batch_size, seed
         self.cook, self.rank, self.world, self.accumulate = cook, rank, world, accumulate
+        self.steps = steps
         self._permutation = lru_cache(maxsize=4)(self._permutation)
 
     def __len__(self) -> int:
         """Micro-batches of one pass over the rows."""
-        return max(1, len(self.lengths) // self.batch_size) * self.accumulate
+        return (self.steps or max(1, len(self.lengths) // self.batch_size)) * self.accumulate
 
     def __getitem__(self, micro: int) -> Any:
         step, part = divmod(micro, self.accumulate)
@@ -58,7 +61,7 @@ class StepIndexed(Dataset):
 
     def rows(self, step: int) -> list[int]:
         """The rows of an optimizer step, over all processes."""
-        window, place = divmod(step, WINDOW)
+        window, place = divmod(step % self.steps if self.steps else step, WINDOW)
         first = window * WINDOW * self.batch_size
         rows = [self._row(position) for position in range(first, first + WINDOW * self.batch_size)]
         rows.sort(key=lambda row: self.lengths[row])

@@ -77,6 +77,15 @@ class Method(L.LightningModule):
         """Look at the data before the trainer is made; what is measured, such as `headline`, may depend on it."""
         self.standin = getattr(data, "standin", False)
 
+    def owes_checkpoint(self, step: int) -> bool:
+        """Whether a run that goes on needs the state after this step, whatever `callbacks.checkpoint_every` says."""
+        return False
+
+    @property
+    def scheduled_steps(self) -> int:
+        """Optimizer steps over which a schedule runs."""
+        return int(self.trainer.estimated_stepping_batches)
+
     # Names of metrics: results on a stand-in carry the word wherever they appear
 
     def metric(self, name: str) -> str:
@@ -129,7 +138,7 @@ class Method(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.make_optimizer(self.parameter_groups())
-        total = int(self.trainer.estimated_stepping_batches)
+        total = self.scheduled_steps
 
         def factor(delay: int) -> Callable[[int], float]:
             return lambda step: 0.0 if step < delay else self.schedule(step - delay, total - delay)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -15,6 +15,13 @@ def is_sharded(module: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, in memory of its own. Collective where the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor where and as another one is: its device and dtype, and its shards. Collective where it has any."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like)
+    return distribute_tensor(tensor.to(like.device, like.dtype), like.device_mesh, like.placements)
 
 
 def unsharded(module: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:

@@ -106,7 +106,9 @@ def command(words: list[str]) -> str:
 
 PANELS = {
     "loss": r"loss$",
-    "held-out": r"(greedy|auc)$",
+    "held-out": r"(greedy|auc|pair_accuracy|win_rate)$",
+    "log-probability of a response": r"logps/",
+    "reward": r"rewards/(chosen|rejected)$",
     "sum of log ratios": r"log_ratio",
     "value and reward": r"(value_start|/reward)$",
     "gradient norm": r"grad_norm",

@@ -45,8 +45,8 @@ def restore(states: dict[str, Any]) -> None:
 
 
 class Newest(Checkpoint):
-    """A checkpoint `step-<step>.ckpt` at every multiple of `every` optimizer steps, and one when the run is asked to
-    stop, which it then does.
+    """A checkpoint `step-<step>.ckpt` at every multiple of `every` optimizer steps, where the method owes one, and one
+    when the run is asked to stop, which it then does.
 
     A step that is validated, every `validated` steps, is saved after its validation: resumed from an earlier state of
     that step, Lightning would leave the validation out. A run that is stopped before or within a validation says so in
@@ -102,7 +102,7 @@ class Newest(Checkpoint):
         if validated and _is_last(trainer):
             return
         asked = self.stop.agreed()
-        if asked or (self._seen % self.every == 0 and not validated):
+        if asked or (self._due(self._seen, pl_module) and not validated):
             # Lightning logs the step only now, and a kill in between must not lose its row
             trainer._logger_connector.update_train_step_metrics()
             self._validating = self._before(trainer) if validated else None
@@ -131,7 +131,7 @@ class Newest(Checkpoint):
         if trainer.state.fn != "fit":
             return
         asked = self.stop.agreed()
-        if asked or trainer.global_step % self.every == 0:
+        if asked or self._due(trainer.global_step, pl_module):
             self._save(trainer)
         self._leave(asked)
 
@@ -152,6 +152,10 @@ class Newest(Checkpoint):
     def _before(self, trainer) -> dict[str, Any]:
         progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.state_dict()
         return {"rng": random_states(), "progress": copy.deepcopy(progress)}
+
+    def _due(self, step: int, module: L.LightningModule) -> bool:
+        owes = getattr(module, "owes_checkpoint", None)
+        return step % self.every == 0 or (owes is not None and owes(step))
 
     def _save(self, trainer) -> None:
         if self._saved == trainer.global_step:

@@ -16,8 +16,8 @@ from tessera.compose import CONF, compose
 
 # Words of the main run that are about its own method: a run that prepares or compares has its own
 OWN = (
-    *("model", "objective", "optimizer", "scheduler", "start", "compare", "stages", "ckpt_path", "policy_weights"),
-    "record",
+    *("model", "objective", "pairwise", "oracle", "algorithm", "optimizer", "scheduler", "start", "compare", "stages"),
+    *("ckpt_path", "policy_weights", "record"),
 )
 PATHS = ("data.path", "data.trajectories", "ckpt_path", "policy_weights")
 
@@ -208,7 +208,7 @@ def help_text() -> str:
         "",
     ]
     for group, choices in groups().items():
-        if group in ("recipe", "sweep", "tuning"):
+        if group in ("reading", "recipe", "sweep", "tuning"):
             continue
         lines.append(f"{group}=")
         lines += [f"  {word:<16} {comment}" for word, comment in choices.items()]

@@ -96,6 +96,7 @@ class Policy(nn.Module):
         ids: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length-1"],
         positions: Int[Tensor, "batch length"] | None = None,
+        branch: Int[Tensor, "batch length"] | None = None,
         *,
         entropy: bool = False,
         logits: bool = False,
@@ -103,12 +104,14 @@ class Policy(nn.Module):
         """Log-probabilities (nats) of `ids[:, 1:]` where `mask` is set.
 
         Right padding needs no attention mask: no unmasked position of a causal model looks at what follows it. Where
-        `positions` begin anew a new sequence does, and transformers builds the block-causal mask from them. Raises
-        ValueError when the rows exceed the context.
+        `positions` begin anew a new sequence does, and transformers builds the block-causal mask from them; with
+        `branch`, as in `PackedPreferenceBatch`, pairs of responses share their prompts. Raises ValueError when the rows
+        exceed the context.
         """
         if ids.shape[1] > self.context:
             raise ValueError(f"A sequence of {ids.shape[1]} tokens exceeds the model's context of {self.context}.")
-        hidden = _hidden(self.causal_lm, ids[:, :-1], None if positions is None else positions[:, :-1])
+        positions = None if positions is None else positions[:, :-1]
+        hidden = _hidden(self.causal_lm, ids[:, :-1], positions, None if branch is None else branch[:, :-1])
         packed = self._score(hidden[mask], ids[:, 1:][mask], entropy, logits)
         spread = [
             None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
@@ -137,6 +140,24 @@ class Policy(nn.Module):
         ids = torch.arange(8, device=self.device).repeat(2, 1) % self.causal_lm.config.vocab_size
         ids[1, :4] = ids[1, :4].flip(0)
         one, other = _hidden(self.causal_lm, ids, torch.arange(8, device=self.device).repeat(2, 1) % 4)[:, 4:].float()
+        self._refuse_packing(one, other)
+
+    @torch.no_grad()
+    def check_sharing(self) -> None:
+        """Raise ValueError when two responses behind one prompt see each other or miss the prompt."""
+        size, device = self.causal_lm.config.vocab_size, self.device
+        # the prompt 0 1 2 with its last token in front of both responses
+        ids, positions, branch = torch.tensor(
+            [[0, 1, 2, 3, 4, 2, 5, 6], [0, 1, 2, 3, 4, 2, 3, 4], [0, 0, 1, 1, 1, 2, 2, 2]], device=device
+        ).unsqueeze(1)
+        alone = _hidden(self.causal_lm, torch.tensor([[0, 1, 2, 5, 6]], device=device) % size)[0, 2:].float()
+        try:
+            shared = _hidden(self.causal_lm, ids % size, positions, branch)[0, 5:].float()
+        except (ValueError, RuntimeError):  # an architecture that expects a mask of two axes
+            shared = torch.full_like(alone, torch.nan)
+        self._refuse_packing(shared, alone)
+
+    def _refuse_packing(self, one: Tensor, other: Tensor) -> None:
         if not torch.allclose(one, other, rtol=1e-5, atol=1e-6):
             raise ValueError(
                 f"data.packed=true: {type(self.causal_lm).__name__} does not keep sequences in one row apart; take "
@@ -158,7 +179,7 @@ class Policy(nn.Module):
 
     def fingerprint(self) -> str:
         """Hash of the weights: names, types, shapes and bytes. Every rank calls it when the weights are sharded."""
-        return _fingerprint(self.model.state_dict())
+        return fingerprint(self.model.state_dict())
 
     def shard_units(self) -> list[nn.Module]:
         """What FSDP2 shards one by one: the decoder layers, then the policy itself."""
@@ -206,7 +227,7 @@ class AdapterOff:
     def fingerprint(self) -> str:
         """Hash of the weights without the adapter's."""
         state = self.policy.model.state_dict()
-        return _fingerprint({name: tensor for name, tensor in state.items() if "lora_" not in name})
+        return fingerprint({name: tensor for name, tensor in state.items() if "lora_" not in name})
 
     @contextmanager
     def _off(self) -> Iterator[None]:
@@ -245,10 +266,23 @@ def _head_scores(
 
 
 def _hidden(
-    model: PreTrainedModel, ids: Int[Tensor, "batch length"], positions: Int[Tensor, "batch length"] | None = None
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch length"],
+    positions: Int[Tensor, "batch length"] | None = None,
+    branch: Int[Tensor, "batch length"] | None = None,
 ) -> Float[Tensor, "batch length width"]:
     where = {} if positions is None else {"position_ids": positions}
+    if branch is not None:
+        where["attention_mask"] = _visible(branch)[:, None]
     return model.base_model(input_ids=ids, use_cache=False, **where).last_hidden_state
+
+
+def _visible(branch: Int[Tensor, "batch length"]) -> Bool[Tensor, "batch length length"]:
+    """Whether a position (second axis) sees another one (third): what is before it in its own branch and its prompt."""
+    pair, side = branch.div(3, rounding_mode="floor"), branch.remainder(3)
+    same = pair[:, :, None] == pair[:, None, :]
+    on_the_way = (side[:, None, :] == 0) | (side[:, :, None] == side[:, None, :])
+    return (same & on_the_way).tril()
 
 
 def _recompute_layers(model: PreTrainedModel) -> None:
@@ -300,7 +334,8 @@ def _same_architecture(policy: Policy) -> nn.Module:
     return model
 
 
-def _fingerprint(state: dict[str, Tensor]) -> str:
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """Hash of weights: names, types, shapes and bytes. Every rank calls it when they are sharded."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
         tensor = sharding.whole(state[name]) if isinstance(state[name], DTensor) else state[name]

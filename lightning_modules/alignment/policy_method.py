@@ -6,15 +6,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from datamodules.batches import Prompt, PromptBatch, Trajectory, TrajectoryBatch
-from lightning_modules.alignment.accuracy import AnswerAccuracy, maj_at_k
+from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, Trajectory, TrajectoryBatch
+from lightning_modules.alignment.answer_evaluation import AnswerEvaluation
 from lightning_modules.alignment.generation import Sample, Sampling, generate
 from lightning_modules.alignment.policy import Policy, unsharded
+from lightning_modules.alignment.reply_evaluation import ReplyEvaluation
 from lightning_modules.alignment.rollout import (
     cache_key,
     load,
@@ -42,11 +44,14 @@ class PolicyMethod(Method):
         name: per_cent for name in ("greedy", "sampled", "maj@", "pass@", "auc", "reward", "format_rate")
     }
     caption: ClassVar[str] = "per cent of held-out problems, 95 % bootstrap intervals over problems"
+    # the headline where no answer can be checked: something of held-out pairs
+    unchecked: ClassVar[tuple[str, str]] = ("val/loss", "min")
     leaves: ClassVar[str] = (
         "The policy in `export/` loads with `AutoModelForCausalLM.from_pretrained`; `samples.jsonl` has every answer."
     )
     imitates_solutions = False  # whether the data's own solutions join the sampled answers
     labels: ClassVar[bool] = False  # whether it samples pairs of responses and has its oracle label them, `iterate`
+    steps_per_iteration: int | None = None  # of one that `labels`: optimizer steps with what one `iterate` returned
     judges: ClassVar[bool] = False  # whether evaluation also brings scored held-out responses, as a second loader
 
     def __init__(
@@ -65,6 +70,7 @@ class PolicyMethod(Method):
         self.rollouts = dict(rollouts or {})
         self.samples: list[dict[str, Any]] = []
         self.started_from: str | None = None
+        self.restored = False  # whether the weights are those of a checkpoint
 
     def networks(self) -> dict[str, nn.Module]:
         return {"policy": self.policy}
@@ -83,10 +89,26 @@ class PolicyMethod(Method):
         """The sampled responses that this method learns from."""
         return trajectories
 
+    def meet(self, data: L.LightningDataModule) -> None:
+        """What is measured depends on whether the data can check an answer."""
+        super().meet(data)
+        if data.scorer is None:
+            shares = dict.fromkeys(("pair_accuracy", "win_rate", "unfinished_rate"), per_cent)
+            self.headline = self.unchecked
+            self.columns = {**shares, **dict.fromkeys(("margin", "loss", "mean_length"), "{:.3g}".format)}
+            self.caption = "held-out pairs and replies, shares in per cent, 95 % bootstrap intervals over prompts"
+
     def setup(self, stage: str) -> None:
         """Note which weights the run starts from: a checkpoint is restored, and sharding done, only after this."""
-        if stage == "fit" and self.started_from is None:
+        if self.started_from is None:
             self.started_from = self.policy.fingerprint()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A test of a checkpoint alone must find what was computed with the weights that its run started from."""
+        checkpoint["started_from"] = self.started_from
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.started_from, self.restored = checkpoint.get("started_from"), True
 
     def rollout(self, prompts: list[Prompt], identity: dict[str, Any], folder: Path) -> list[Trajectory]:
         """K scored answers to every prompt from the policy that the run starts from, cached under `folder`.
@@ -134,7 +156,7 @@ class PolicyMethod(Method):
         return self._stored("monte_carlo", inputs, compute, folder)
 
     def _stored(self, name: str, inputs: Any, compute: Callable, folder: Path) -> list[list[float]]:
-        moved = self.trainer.global_step > 0
+        moved = self.trainer.global_step > 0 or self.restored
         rank, barrier = self.trainer.global_rank, self.trainer.strategy.barrier
         return stored(folder, name, [self.started_from, inputs], None if moved else compute, rank, barrier)
 
@@ -151,17 +173,21 @@ class PolicyMethod(Method):
     def on_test_epoch_start(self) -> None:
         self.begin_evaluation(self.k)
 
-    def validation_step(self, batch: PromptBatch | TrajectoryBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, k=0)
+    def validation_step(
+        self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._evaluate(batch)
 
-    def test_step(self, batch: PromptBatch | TrajectoryBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, self.k)
+    def test_step(
+        self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._evaluate(batch)
 
     def on_predict_epoch_start(self) -> None:
         self.begin_evaluation(self.k)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, self.k)
+        self._evaluate(batch)
 
     def on_predict_epoch_end(self) -> None:
         self._write_samples()
@@ -175,66 +201,33 @@ class PolicyMethod(Method):
 
     def begin_evaluation(self, k: int) -> None:
         """Before the first batch; `k` answers are sampled beside the greedy one."""
-        self.accuracy = AnswerAccuracy(k=k, greedy=True).to(self.device)
+        self.evaluation = (AnswerEvaluation if self.scorer else ReplyEvaluation)(self, k)
         self.answering = unsharded(self.policy)
         self.samples = []
 
-    def judge(self, batch: TrajectoryBatch) -> None:
-        """Look at scored responses that were held out; only asked of a method that `judges`."""
+    def judge(self, batch: TrajectoryBatch | PreferenceBatch) -> None:
+        """Look at held-out responses: scored ones, of a method that `judges`, or pairs, where nothing can be scored."""
         raise NotImplementedError
 
     def end_evaluation(self, stage: str) -> None:
         """After the last batch, on every process."""
         self.answering = None
-        intervals = self.accuracy.intervals()
-        for name, value in self.accuracy.compute().items():
+        for name, value in self.evaluation.results(stage).items():
             self.log(self.metric(f"{stage}/{name}"), value)
-            if stage == "test" and name in intervals:
-                low, high = intervals[name]
-                self.log_dict({self.metric(f"test/{name}_low"): low, self.metric(f"test/{name}_high"): high})
 
-    def _evaluate(self, batch: PromptBatch | TrajectoryBatch, k: int) -> None:
+    def _evaluate(self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch) -> None:
         if "prompts" in batch:
-            self._answer(batch["prompts"], k)
+            self.samples += self.evaluation.answer(batch["prompts"])
         else:
             self.judge(batch)
 
-    def _answer(self, prompts: list[Prompt], k: int) -> None:
-        greedy = Sampling(temperature=0.0, max_new=self.sampling.max_new)
-        best = self._generate(prompts, 1, greedy)
-        drawn = self._generate(prompts, k, self.sampling) if k else [[] for _ in prompts]
-        for prompt, first, others in zip(prompts, best, drawn):
-            self._score(prompt, first[0], others)
-
-    def _generate(self, prompts: list[Prompt], k: int, sampling: Sampling) -> list[list[Sample]]:
+    def answers(self, prompts: list[Prompt], k: int, greedy: bool = False) -> list[list[Sample]]:
+        """`k` answers to each prompt as the evaluation samples them, or the greedy one."""
+        sampling = Sampling(temperature=0.0, max_new=self.sampling.max_new) if greedy else self.sampling
         keys = [prompt.id for prompt in prompts]
         ids = [prompt.ids for prompt in prompts]
         answers = dict(generate(self.answering, ids, k, sampling, keys, self.batch_rows))
         return [answers[position] for position in range(len(prompts))]
-
-    def _score(self, prompt: Prompt, greedy: Sample, others: list[Sample]) -> None:
-        texts = [self.text(sample) for sample in [greedy, *others]]
-        scores = [self.scorer(text, prompt.gold) for text in texts]
-        # a response cut off by the length limit has not answered, whatever stands in it
-        right = [score.correct and sample.finished for score, sample in zip(scores, [greedy, *others])]
-        counted = list(zip([greedy, *others], scores))[1:] or [(greedy, scores[0])]
-        votes = [None if s.extracted is None else self.scorer.canonical(s.extracted) for s in scores[1:]]
-        row = {
-            "index": self.trainer.datamodule.index(prompt),
-            "greedy_correct": right[0],
-            "sampled": len(others),
-            "correct": sum(right[1:]),
-            "majority_correct": maj_at_k(votes, right[1:]),
-            "extracted": sum(score.extracted is not None for _, score in counted),
-            "finished": sum(sample.finished for sample, _ in counted),
-            "length": sum(len(sample.ids) for sample, _ in counted) / len(counted),
-        }
-        self.accuracy.update(**{name: torch.tensor([value], device=self.device) for name, value in row.items()})
-        answers = [{"response": t, "extracted": s.extracted, "correct": r} for t, s, r in zip(texts, scores, right)]
-        self.samples.append(
-            {"id": prompt.id, "question": prompt.question, "gold": prompt.gold, "greedy": answers[0]}
-            | ({"sampled": answers[1:]} if others else {})
-        )
 
     def text(self, sample: Sample) -> str:
         """What the policy said, without its end token."""

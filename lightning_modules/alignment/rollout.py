@@ -51,7 +51,7 @@ def rollout(
     prompts: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
     folder: str | Path,
     *,
     identity: dict[str, Any],
@@ -64,9 +64,9 @@ def rollout(
     """`k` scored responses to each prompt, in the order of the prompts; from the cache when it is there.
 
     Every rank calls it (`barrier` is needed when `world` > 1) and gets all trajectories; `folder` is shared by the
-    ranks. `identity` names what else the result depends on: scorer version, template, tokenizer. `reference` is the
-    policy itself when None. `batch_rows` bounds the responses sampled at once; a batch is also what an interruption
-    can lose. Raises ValueError when a finished cache does not match its checksum.
+    ranks. `identity` names what else the result depends on: scorer version, template, tokenizer. Without `score` all
+    rewards are 0. `reference` is the policy itself when None. `batch_rows` bounds the responses sampled at once; a
+    batch is also what an interruption can lose. Raises ValueError when a finished cache does not match its checksum.
     """
     if world > 1 and barrier is None:
         raise ValueError(f"rollout on {world} processes needs a barrier.")
@@ -84,7 +84,7 @@ def rollout(
             _sample_missing(policy, reference, prompts, k, sampling, score, cache, rank, world, batch_rows)
             wait()
             if rank == 0:
-                _merge(cache, prompts, k, inputs)
+                _merge(cache, prompts, k, inputs, scored=score is not None)
             wait()
         return load(cache)
 
@@ -201,7 +201,7 @@ def _sample_missing(
     prompts: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
     cache: Path,
     rank: int,
     world: int,
@@ -258,7 +258,7 @@ def _records(
     group: list[Prompt],
     k: int,
     sampling: Sampling,
-    score: Scorer,
+    score: Scorer | None,
 ) -> list[dict[str, Any]]:
     """`k` responses to each prompt of the group, scored, as JSON-ready trajectories."""
     ids, keys = [prompt.ids for prompt in group], [prompt.id for prompt in group]
@@ -279,10 +279,10 @@ def _record(
     sample: Sample,
     lp_mu: list[float],
     lp_ref: list[float],
-    score: Scorer,
+    score: Scorer | None,
 ) -> dict[str, Any]:
     response = _text(policy, sample.ids)
-    verdict = score(response, prompt.gold)
+    verdict = score(response, prompt.gold) if score else None
     trajectory = Trajectory(
         prompt_id=prompt.id,
         sample=index,
@@ -294,9 +294,9 @@ def _record(
         finished=sample.finished,
         lp_mu=_short(lp_mu),
         lp_ref=_short(lp_ref),
-        extracted=verdict.extracted,
+        extracted=verdict.extracted if verdict else None,
         # a response that was cut off is a failure, whatever stands in it
-        reward=float(sample.finished and verdict.correct),
+        reward=float(sample.finished and verdict is not None and verdict.correct),
     )
     return asdict(trajectory)
 
@@ -361,7 +361,7 @@ def _padded(pairs: list[tuple[list[int], list[int]]], policy: Policy | AdapterOf
     return ids.to(policy.device), mask.to(policy.device)
 
 
-def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any]) -> None:
+def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any], scored: bool) -> None:
     """Write data and manifest from the part files, then remove these."""
     found = _parts(cache)
     missing = [prompt.id for prompt in prompts if prompt.id not in found]
@@ -374,7 +374,8 @@ def _merge(cache: Path, prompts: list[Prompt], k: int, inputs: dict[str, Any]) -
     data = "".join(json.dumps(record) + "\n" for record in records).encode()
     _replace(cache / DATA, data)
     summary = _summary(np.array([record["reward"] for record in records]).reshape(-1, k), records)
-    _warn(summary, cache)
+    if scored:
+        _warn(summary, cache)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions["transformers"] = transformers.__version__
     manifest = {**inputs, **summary, "versions": versions, "sha256": hashlib.sha256(data).hexdigest()}

@@ -2,9 +2,10 @@
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from datamodules.batches import TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import PreferenceBatch, TokenBatch, Trajectory, TrajectoryBatch
 from lightning_modules.alignment.policy_method import PolicyMethod, token_mean
 
 
@@ -19,6 +20,14 @@ class SFT(PolicyMethod):
         loss = token_mean(-log_probs, batch["token_share"])
         self.log_step(loss)
         return loss
+
+    def judge(self, batch: PreferenceBatch) -> None:
+        """Cross-entropy (nats per token) of the better reply of every held-out pair."""
+        better = (batch["label"] < 0.5).long()
+        rows = torch.arange(len(better), device=better.device)
+        ids, mask = batch["ids"][rows, better], batch["mask"][rows, better]
+        tokens = mask.sum()
+        self.evaluation.add(tokens, loss=-self.policy(ids, mask).log_probs.sum() / tokens)
 
 
 class RFT(SFT):

@@ -62,7 +62,7 @@ def test_a_run_leaves_curves_a_figure_and_the_table(say, tmp_path):
 
 
 def test_runs_that_are_compared_are_drawn_over_one_another(say, tmp_path):
-    words = ("data=rps2", "data.rounds=30", "+compare={MPO: ['model=markov_game','algorithm@model.algorithm=mpo']}")
+    words = ("data=rps2", "data.rounds=30", "+compare={MPO: ['model=markov_game','algorithm=mpo']}")
     assert say("model=markov_game", *words, "label=OMPO")[0] == 0
     assert len(list(tmp_path.glob("*/*/*/figures/compared.png"))) == 1
 
