@@ -77,6 +77,20 @@ class Pair:
     lp_ref: tuple[list[float], list[float]] | None = None
 
 
+@dataclass(frozen=True)
+class Game:
+    """Constant-sum games of H stages, or a batch of them: both players start in state 0, each in a copy of its own.
+
+    `payoff[h, s, a, t, b]` in [0, 1] is what the first player gets at stage h for action a in its state s, the second
+    player being in t and taking b; the second player gets 1 minus that. `transition[h, s, a]` is the distribution of
+    the state after stage h. `nash` is the equilibrium where it is known in closed form.
+    """
+
+    payoff: Float[Tensor, "*games stage state action state action"]
+    transition: Float[Tensor, "*games stage-1 state action state"]
+    nash: Float[Tensor, "*games stage state action"] | None = None
+
+
 class TokenBatch(TypedDict):
     """Sequences with the tokens to learn marked.
 
@@ -155,3 +169,12 @@ class PackedPreferenceBatch(TypedDict):
     token_share: Float[Tensor, ""]
     lp_ref: NotRequired[Float[Tensor, "rows length-1"]]
     value: NotRequired[Float[Tensor, "batch 2"]]
+
+
+class RoundBatch(TypedDict):
+    """Rounds of a simulation to play next, by their numbers from 0; what is random in one depends on seed and number.
+
+    Without rounds there is nothing to play, only to look at what has been reached.
+    """
+
+    rounds: Int[Tensor, " rounds"]

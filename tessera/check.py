@@ -79,9 +79,19 @@ def _batches(config: DictConfig, choices: dict[str, str]) -> list[str | None]:
     method, served, model = get_class(config.model._target_), batch_types(config.data), choices["model"]
     wanted = method.batch_type.__name__
     own = choices.get("policy", "none") != "none" and "policy" not in config.model
+    exact, settings = "optimizer" not in config.model, config.trainer
+    shares = max(devices(settings), ranks.world_size()) * settings.accumulate_grad_batches
     return [
         f"model={model} brings its own network, and policy={choices['policy']} would be left over: take policy=none"
         if own else None,
+        f"model={model} makes its updates itself, and optimizer={choices['optimizer']} would be left over: take "
+        "optimizer=none"
+        if exact and choices["optimizer"] != "none" else None,
+        f"model={model} trains with an optimizer: take another one than optimizer=none"
+        if not exact and choices["optimizer"] == "none" else None,
+        f"model={model} makes its updates itself, one after another: take trainer.devices=1 and "
+        "trainer.accumulate_grad_batches=1"
+        if exact and shares > 1 else None,
         f"model={model} eats {wanted}, and data={choices['data']} serves {', '.join(served)}: change one"
         if wanted not in served else None,
         f"data.packed=true: model={model} needs a row for every sequence; take data.packed=false"

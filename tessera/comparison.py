@@ -104,3 +104,28 @@ def curve(path: Path, metric: str) -> Curve:
     """The values of a metric by step; of a step that was logged twice the last."""
     with path.open(newline="") as file:
         return {int(row["step"]): float(row[metric]) for row in csv.DictReader(file) if row.get(metric)}
+
+
+def beside(runs: dict[str, RunFolder], picture: Path) -> None:
+    """Draw what simulations measured by round (`export/curves.csv`) over one another, where at least two left that."""
+    curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
+    columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
+    names = [name for name in next(iter(columns.values()), {}) if name != "round"]
+    if len(columns) < 2 or any([name for name in own if name != "round"] != names for own in columns.values()):
+        return
+    made, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
+    for axis, name in zip(axes[0], names):
+        for label, own in columns.items():
+            axis.plot(own["round"], own[name], label=label)
+        seen = [value for own in columns.values() for value in own[name] if value > 0]
+        if seen and max(seen) > 100 * min(seen):
+            axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
+        axis.set(xlabel="rounds", title=name)
+    axes[0, -1].legend(fontsize=8)
+    save_figure(made, picture)
+
+
+def _columns(path: Path) -> dict[str, list[float]]:
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    return {name: [float(row[place]) for row in rows] for place, name in enumerate(header)}

@@ -23,7 +23,7 @@ from tessera.checkpoints import write_text
 
 # What changes where a run happens or how it is shown, but not what it computes
 COSMETIC = (
-    *("logger", "output", "data.cache", "resume", "compare", "debug", "traceback", "record"),
+    *("logger", "output", "data.cache", "resume", "compare", "label", "debug", "traceback", "record"),
     *("callbacks.checkpoint_every", "callbacks.keep", "callbacks.save_async", "trainer.sharded_checkpoints"),
     "trainer.enable_progress_bar",
     *("trainer.timeout_minutes", "trainer.grace_minutes", "trainer.restarts"),

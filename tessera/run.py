@@ -22,6 +22,7 @@ from lightning_modules.method import Method
 from tessera import build, ranks, report
 from tessera.check import refuse
 from tessera.checkpoints import newest_valid, outline, sha256, sweep_up, write_text
+from tessera.comparison import beside
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held, refuse_another
 from tessera.sharded import set_aside
@@ -108,7 +109,9 @@ def _all(words: list[str]) -> int:
     for label, other in others.items():
         rows[label] = carry_out(prepare(other))
     if ranks.rank() == 0 and folder.results:
-        report.finish(folder, {**rows, plan.name.upper(): folder})
+        rows[config.label or plan.name.upper()] = folder
+        beside(rows, folder.path / "figures" / "compared.png")
+        report.finish(folder, rows)
     return 0
 
 
