@@ -75,7 +75,7 @@ class T6(Decoder):
         tied: bool = True,
         pad_vocabulary_to: int = 64,
         loss_chunk: int | None = None,
-        impl: Impl = "auto",
+        impl: str = "auto",
     ) -> None:
         config = {
             "vocab_size": vocab_size, "context": context, "layers": layers, "width": width,
@@ -144,7 +144,7 @@ def _read(file: Path) -> dict[str, Any]:
     raise ValueError(f"{file} is not of a T6, whose model_type is t6: give a folder that T6.export wrote")
 
 
-def _attention(config: dict[str, Any], impl: Impl) -> Attention:
+def _attention(config: dict[str, Any], impl: str) -> Attention:
     kind, width, heads, head_width = (config[name] for name in ("attention", "width", "heads", "head_width"))
     table = {"float32": None, "bfloat16": torch.bfloat16}[config["rope_table"]]
     turn = partial(rotate, base=config["rope_base"], sign=config["rope_sign"], table_dtype=table)

@@ -146,6 +146,17 @@ def test_bad_input_is_refused_by_name():
         tpa.contract(a, b.float())
     with pytest.raises(ValueError, match="rank=0 is no sum"):
         tpa.contract(a[:, :0], b[:, :0])
+    with pytest.raises(ValueError, match="rotate: rank=0 is no sum"):
+        tpa.rotate(b[:, :0], cos, sin, torch.arange(7))
+    with pytest.raises(ValueError, match="qkv: rank=0 is no sum"):
+        tpa.qkv(torch.randn(7, 22), cos, sin, torch.arange(7), (1, 0, 1), 5, (6, 6, 6))
+    six = factor_pairs(1, 7, heads=5, dims=(6, 6, 4), ranks=(3, 2, 1))
+    with pytest.raises(ValueError, match="attention: rank=0 is no sum"):
+        tpa.attention(*six[:4], six[4][:, :, :0], six[5][:, :, :0])
+    with pytest.raises(ValueError, match=r"attention: b_v is torch.float16 on cpu, but a_q is torch.float64"):
+        tpa.attention(*six[:5], six[5].half())
+    with pytest.raises(ValueError, match="a table of 3 angles turns dim=6, not dim=7"):
+        tpa.rotate(torch.randn(7, 3, 7), cos, sin, torch.arange(7))
     with pytest.raises(ValueError, match="dim=5 is odd"):
         tpa.rotary_table(16, 5)
     with pytest.raises(ValueError, match="position 16 is outside the table of 16"):
@@ -158,6 +169,10 @@ def test_bad_input_is_refused_by_name():
     q, lengths = torch.randn(2, 1, 5, 6).double(), torch.tensor([9, 4])
     with pytest.raises(ValueError, match=r"lengths=\[10, 4\] do not fit a cache of 9 tokens"):
         tpa.decode(q, *cache, lengths + torch.tensor([1, 0]))
+    with pytest.raises(ValueError, match="decode: rank=0 is no sum"):
+        tpa.decode(q, *(x[:, :, :0] for x in cache), lengths)
+    with pytest.raises(ValueError, match=r"decode: a_k is torch.float64 on cpu, but q is torch.float32"):
+        tpa.decode(q.float(), *cache, lengths)
     with pytest.raises(ValueError, match="a_k has factors of 5 heads, but q has heads=6"):
         tpa.decode(torch.randn(2, 1, 6, 6).double(), *cache, lengths)
     with pytest.raises(ValueError, match="the cache has 2 rows, but q has 1"):

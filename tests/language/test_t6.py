@@ -295,11 +295,20 @@ def test_what_is_no_folder_of_a_t6_is_refused(tmp_path):
         ({"layers": 0}, "layers=0"),
         ({"rope_sign": 0}, "rope_sign=0 is none of -1, 1"),
         ({"rope_table": "float16"}, "rope_table='float16' is none of float32, bfloat16"),
+        ({"impl": "cuda"}, "impl='cuda' is none of auto, triton, torch"),
+        ({"attention": "mha", "head_width": 7}, "head_width=7 is odd"),
+        ({"attention": "mla", "rotary_width": 3}, "rotary_width=3: take latents of at least 1, and an even"),
     ],
 )
 def test_what_cannot_be_built_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
         toy(**options)
+
+
+def test_kernels_that_cannot_run_are_refused_by_name():
+    network, (ids, _) = toy(impl="triton"), tokens()
+    with pytest.raises(ValueError, match=r"kernel of attention cannot run: .*; impl=auto takes the PyTorch reference"):
+        network(ids)
 
 
 def test_what_does_not_fit_is_refused():
