@@ -20,7 +20,7 @@ PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and den
 ROWS_AT_ONCE = 16  # held-out rows of a batch
 TURNS = ("script", "last")
 
-Encoded = tuple[Conversation, list[int], tuple[list[int], ...]]  # with the tokens of its prompt and of its replies
+Encoded = tuple[Conversation, list[int], list[list[int]]]  # with the tokens of its prompt and of its replies
 
 
 class Chat(L.LightningDataModule):
@@ -151,7 +151,7 @@ class Chat(L.LightningDataModule):
     def _encode(self, row: Conversation, replies: Sequence[str]) -> Encoded:
         if token := self.template.refused([*(message.content for message in row.messages), *replies]):
             raise Defect(self._where(row), f"the text spells the special token {token}", "delete the row")
-        return row, self.template.prompt(row.messages), tuple(self.template.reply(row.messages, r) for r in replies)
+        return row, *self.template.encode(row.messages, replies)
 
     def _where(self, row: Conversation) -> str:
         return f"{self.source.origin}, row {row.id}"
@@ -263,7 +263,7 @@ def _better(row: Conversation) -> int:
     return int(row.label < 0.5)
 
 
-def _pair(row: Conversation, prompt: list[int], replies: tuple[list[int], ...]) -> Pair:
+def _pair(row: Conversation, prompt: list[int], replies: list[list[int]]) -> Pair:
     first, second = replies
     if _better(row) == 0:
         return Pair(row.id, prompt, (first, second), row.label, row.value)
