@@ -75,7 +75,7 @@ class Chat(L.LightningDataModule):
             _say(f"{self.source.origin} has too few rows for a test: the validation rows are tested")
             self.parts["test"] = self.parts["val"]
         self.pairs: list[Pair] = []
-        self.subsets: tuple[str, ...] = ()
+        self.subsets = _subsets([*self.parts["val"], *self.parts["test"]])
         self._held_out: dict[str, list[DataLoader]] = {}
 
     @property
@@ -229,12 +229,13 @@ class Chat(L.LightningDataModule):
         return prompt_loader(self.test, self.trainer)
 
     def _held_out_rows(self, part: str) -> list[DataLoader]:
-        """All of them on every process, whose networks may be sharded: pairs, or without any the replies."""
-        names = sorted({row.subset for row in self.parts[part] if len(row.replies) == 2})
-        self.subsets = ("prompts", *names) if len(names) > 1 else ()
+        """All of them on every process, whose networks may be sharded: pairs, or for SFT without any the replies."""
         if part not in self._held_out:
-            made = [self._pair_loader(self._given_pairs(part, name)) for name in names]
-            self._held_out[part] = made or self._reply_loader(part)
+            paired = any(len(row.replies) == 2 for row in self.parts[part])
+            names = self.subsets[1:] or (None,)
+            made = [self._pair_loader(self._given_pairs(part, name)) for name in names if paired]
+            imitates = self.method.batch_type is TokenBatch
+            self._held_out[part] = made or (self._reply_loader(part) if imitates else [])
         return self._held_out[part]
 
     def _pair_loader(self, pairs: list[Pair]) -> DataLoader:
@@ -253,6 +254,12 @@ def _first_openings(rows: list[Conversation], limit: int | None) -> list[Convers
     """The conversations with the first `limit` openings, all of what begins alike together."""
     kept = set(list(dict.fromkeys(row.opening for row in rows))[:limit])
     return [row for row in rows if row.opening in kept]
+
+
+def _subsets(rows: list[Conversation]) -> tuple[str, ...]:
+    """The names of evaluation's loaders, where pairs come by subset."""
+    names = sorted({row.subset for row in rows if len(row.replies) == 2})
+    return ("prompts", *names) if len(names) > 1 else ()
 
 
 def _reference(row: Conversation) -> str:
