@@ -215,7 +215,8 @@ class Chat(L.LightningDataModule):
         return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
-        return self.method.with_reference(pairs, self.cache) if self.method.batch_type is PreferenceBatch else pairs
+        wanted = pairs and self.method.batch_type is PreferenceBatch
+        return self.method.with_reference(pairs, self.cache) if wanted else pairs
 
     # Evaluation
 
