@@ -22,13 +22,12 @@ from datamodules.batches import (
     TrajectoryBatch,
 )
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
+from datamodules.loaders import prompt_loader, training_loader
 from datamodules.pair_packing import packed_preference_batch
 from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
-from datamodules.steps import FromStep, StepIndexed
 from datamodules.trajectories import Response, read_trajectories
 
-PROMPTS_AT_ONCE = 64
 PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
@@ -214,18 +213,7 @@ class MathProblems(L.LightningDataModule):
         return preference_batch(pairs, self.pad, share, self.multiple)
 
     def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
-        batches = StepIndexed(
-            lengths=[len(row[0]) + len(row[1]) for row in rows],
-            tokens=[len(row[1]) for row in rows],
-            batch_size=self.batch_size,
-            seed=self.seed,
-            cook=lambda numbers, share: cook([rows[number] for number in numbers], share),
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-        )
-        sampler = FromStep(batches, lambda: self.trainer.global_step)
-        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.workers)
+        return training_loader(rows, cook, self.trainer, self.batch_size, self.seed, self.workers)
 
     def _trajectories(self) -> list[Trajectory]:
         if self.responses:
@@ -272,21 +260,13 @@ class MathProblems(L.LightningDataModule):
     # Evaluation
 
     def val_dataloader(self) -> list[DataLoader]:
-        return [self._questions(self.val), *self._held_out()]
+        return [prompt_loader(self.val, self.trainer), *self._held_out()]
 
     def test_dataloader(self) -> list[DataLoader]:
-        return [self._questions(self.test), *self._held_out()]
+        return [prompt_loader(self.test, self.trainer), *self._held_out()]
 
     def predict_dataloader(self) -> DataLoader:
-        return self._questions(self.test)
-
-    def _questions(self, prompts: list[Prompt]) -> DataLoader:
-        """This process's share, problems of similar length together; no problem is dealt out twice."""
-        ordered = sorted(prompts, key=lambda prompt: len(prompt.ids))[
-            self.trainer.global_rank :: self.trainer.world_size
-        ]
-        cut = [ordered[i : i + PROMPTS_AT_ONCE] for i in range(0, len(ordered), PROMPTS_AT_ONCE)]
-        return DataLoader([PromptBatch(prompts=part) for part in cut], batch_size=None)
+        return prompt_loader(self.test, self.trainer)
 
     def _held_out(self) -> list[DataLoader]:
         """Scored solutions of held-out problems, all of them on every process: their networks may be sharded."""

@@ -254,7 +254,7 @@ def _from_path(dataset: str, path: Path, origin: str, val_size: int, seed: int, 
     rows = {split: _read(found, READERS[dataset], split, on_error) for split, found in files.items()}
     digest = hashlib.sha256()
     for split, found in sorted(files.items()):
-        digest.update("".join([split, *map(_sha256, found)]).encode())
+        digest.update("".join([split, *map(sha256, found)]).encode())
     log.info("%s from %s: %s", dataset, origin, {split: len(problems) for split, problems in rows.items()})
     return Source(dataset, origin, digest.hexdigest(), False, _parts(rows, val_size, seed, origin))
 
@@ -262,7 +262,7 @@ def _from_path(dataset: str, path: Path, origin: str, val_size: int, seed: int, 
 def _files(dataset: str, path: Path) -> dict[str, list[Path]]:
     """The files of train and test. A single file is train, unless its name or bytes are those of a test set."""
     if not path.is_dir():
-        tested = path.name.startswith(("test", NAMED_FILES["math"]["test"])) or _sha256(path) in HELD_OUT
+        tested = path.name.startswith(("test", NAMED_FILES["math"]["test"])) or sha256(path) in HELD_OUT
         return {"test" if tested else "train": [path]}
     found = {split: _shards(path, split) for split in ("train", "test")}
     for split, name in NAMED_FILES.get(dataset, {}).items():
@@ -272,7 +272,7 @@ def _files(dataset: str, path: Path) -> dict[str, list[Path]]:
             f"{path} has no train.{{{','.join(ENDINGS)}}}: give data.path a folder that has it, or a file"
         )
     for file in found["train"]:
-        if held_out := HELD_OUT.get(_sha256(file)):
+        if held_out := HELD_OUT.get(sha256(file)):
             raise ValueError(f"{file} is {held_out}, which is never trained on: put the train split there")
     return {split: files for split, files in found.items() if files}
 
@@ -303,7 +303,8 @@ def _parts(rows: dict[str, list[Problem]], val_size: int, seed: int, origin: str
     return {"sft": kept, "prompts": kept, "val": held, "test": test}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The digest of a file's bytes."""
     with open(regular_file(path), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

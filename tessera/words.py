@@ -208,7 +208,7 @@ def help_text() -> str:
         "",
     ]
     for group, choices in groups().items():
-        if group in ("recipe", "sweep", "tuning"):
+        if group in ("reading", "recipe", "sweep", "tuning"):
             continue
         lines.append(f"{group}=")
         lines += [f"  {word:<16} {comment}" for word, comment in choices.items()]

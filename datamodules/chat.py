@@ -1,0 +1,294 @@
+"""Conversations to answer, replies to imitate and pairs of replies to compare: real, or a generated game."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from datamodules.batches import (
+    Message,
+    PackedPreferenceBatch,
+    Pair,
+    PreferenceBatch,
+    Prompt,
+    PromptBatch,
+    TokenBatch,
+)
+from datamodules.chat_sets import find_conversations
+from datamodules.chat_templates import ChatTemplate
+from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch
+from datamodules.conversations import Conversation, Defect, Ledger
+from datamodules.loaders import prompt_loader, training_loader
+from datamodules.pair_packing import packed_preference_batch
+
+PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
+ROWS_AT_ONCE = 16  # held-out rows of a batch
+TURNS = ("script", "last")
+
+Encoded = tuple[Conversation, list[int], tuple[list[int], ...]]  # with the tokens of its prompt and of its replies
+
+
+class Chat(L.LightningDataModule):
+    """Conversations as the method asks for them.
+
+    The rows are read when the module is made, so that a bad file is refused before a model is loaded. `TokenBatch` is
+    the better replies; `PreferenceBatch` is the pairs as they are given, or those that the method makes of its own
+    answers to the prompts; validation and test are a loader of prompts and one of held-out rows (one for each subset
+    of a benchmark, named in `subsets` by the number of the loader).
+
+    With `turns="script"` a dialogue whose turns of the user are known beforehand is a prompt of its first turn, and the
+    policy's own replies come between the others; with `"last"` the replies that are given do.
+    """
+
+    serves: ClassVar[tuple[type, ...]] = (TokenBatch, PromptBatch, PreferenceBatch)
+    scorer = None  # no answer can be checked
+
+    def __init__(
+        self,
+        name: str,
+        path: str | None,
+        download: bool,
+        turns: str,
+        template: str | None,
+        limit: int | None,
+        held_out: float,
+        val_size: int,
+        batch_size: int,
+        packed: bool,
+        pad_to_multiple: int,
+        max_prompt: int,
+        max_response: int,
+        drop_ties: bool,
+        standin: dict[str, Any],
+        on_error: str,
+        seed: int,
+        workers: int,
+        cache: str,
+    ) -> None:
+        super().__init__()
+        if turns not in TURNS:
+            raise ValueError(f"data.turns={turns}: there are {', '.join(TURNS)}")
+        self.turns, self.template_name, self.on_error = turns, template, on_error
+        self.batch_size, self.packed, self.multiple = batch_size, packed, pad_to_multiple
+        self.max_prompt, self.max_response, self.drop_ties = max_prompt, max_response, drop_ties
+        self.seed, self.workers, self.cache = seed, workers, Path(cache)
+        sizes = {"held_out": held_out, "val_size": val_size, "seed": seed}
+        self.source = find_conversations(name, path, download, standin=dict(standin), on_error=on_error, **sizes)
+        self.name, self.standin, self.preference = self.source.name, self.source.standin, self.source.preference
+        self.parts = {part: _first_openings(rows, limit) for part, rows in self.source.parts.items()}
+        if not self.parts["test"]:
+            _say(f"{self.source.origin} has too few rows for a test: the validation rows are tested")
+            self.parts["test"] = self.parts["val"]
+        self.pairs: list[Pair] = []
+        self.subsets: tuple[str, ...] = ()
+        self._held_out: dict[str, list[DataLoader]] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """What the rows are: digests of the files, or the generator's parameters."""
+        return self.source.fingerprint
+
+    # From text to tokens
+
+    @property
+    def method(self) -> Any:
+        """The method that the trainer holds."""
+        return self.trainer.lightning_module
+
+    def setup(self, stage: str) -> None:
+        policy = self.method.policy
+        if padded_length(self.max_prompt + self.max_response, self.multiple) > policy.context:
+            raise ValueError(
+                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} (padded to a multiple of "
+                f"{self.multiple}) exceed the policy's context of {policy.context} tokens: lower them to fit"
+            )
+        if self.packed and stage == "fit":
+            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
+        self.pad = policy.tokenizer.pad_token_id
+        self.template = ChatTemplate(policy.tokenizer, self.template_name, policy.stop_ids)
+        self.val, self.test = self._prompts("val"), self._prompts("test")
+        self._index = {prompt.id: number for part in (self.val, self.test) for number, prompt in enumerate(part)}
+
+    def index(self, prompt: Prompt) -> int:
+        """The number of a prompt in its part."""
+        return self._index[prompt.id]
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation up to where the assistant's next reply begins."""
+        return self.template.prompt(messages)
+
+    def _prompts(self, part: str) -> list[Prompt]:
+        """Every prompt of a part once, whatever the number of its replies."""
+        rows = {(row.messages, row.script): row for row in reversed(self._to_answer(part))}
+        encoded = self._encoded(f"{part} prompts", list(reversed(rows.values())), replies=False)
+        return [
+            Prompt(row.id, row.messages[-1].content, _reference(row), ids, row.messages, row.script)
+            for row, ids, _ in encoded
+        ]
+
+    def _to_answer(self, part: str) -> list[Conversation]:
+        """With a script or without any reply, where there are such; or those that have replies."""
+        open_ended = [row for row in self.parts[part] if not row.replies]
+        answered = [row for row in self.parts[part] if row.replies]
+        return (open_ended or answered) if self.turns == "script" else (answered or open_ended)
+
+    def _encoded(self, what: str, rows: list[Conversation], replies: bool = True) -> list[Encoded]:
+        """Rows with their tokens; what does not fit is left out, in one line that counts the reasons."""
+        kept, dropped, ledger = [], Counter(), Ledger(self.on_error)
+        for row in rows:
+            try:
+                encoded = self._encode(row, row.replies if replies else ())
+            except Defect as error:
+                ledger.note(error)
+                continue
+            except ValueError as error:
+                ledger.note(ValueError(f"{self._where(row)}: {error}"), "the chat template cannot write it")
+                continue
+            if reason := self._too_long(encoded):
+                dropped[reason] += 1
+            else:
+                kept.append(encoded)
+        if counts := dropped + ledger.counts:
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
+            _say(f"{self.name}: {counts.total()} of {len(rows)} {what} left out: {reasons}")
+        return kept
+
+    def _encode(self, row: Conversation, replies: Sequence[str]) -> Encoded:
+        if token := self.template.refused([*(message.content for message in row.messages), *replies]):
+            raise Defect(self._where(row), f"the text spells the special token {token}", "delete the row")
+        return row, self.template.prompt(row.messages), tuple(self.template.reply(row.messages, r) for r in replies)
+
+    def _where(self, row: Conversation) -> str:
+        return f"{self.source.origin}, row {row.id}"
+
+    def _too_long(self, encoded: Encoded) -> str | None:
+        _, prompt, replies = encoded
+        if len(prompt) > self.max_prompt:
+            return f"prompt over data.max_prompt={self.max_prompt}"
+        if any(len(reply) > self.max_response for reply in replies):
+            return f"response over data.max_response={self.max_response}"
+        return None
+
+    # Training
+
+    def train_dataloader(self) -> DataLoader:
+        return {TokenBatch: self._imitated, PreferenceBatch: self._compared}[self.method.batch_type]()
+
+    def _imitated(self) -> DataLoader:
+        rows = self._better_replies("train")
+        return training_loader(rows, self._token_batch, self.trainer, self.batch_size, self.seed, self.workers)
+
+    def _better_replies(self, part: str) -> list[tuple[list[int], list[int]]]:
+        """(prompt, reply) tokens; a tie has no better reply."""
+        rows = [row for row in self.parts[part] if row.replies and row.label != 0.5]
+        if not rows and part == "train":
+            raise ValueError(
+                f"{self.source.origin} has no reply to imitate: take data with replies, or a policy=... that "
+                "needs no start"
+            )
+        return [(ids, replies[_better(row)]) for row, ids, replies in self._encoded(f"{part} replies", rows)]
+
+    def _token_batch(self, rows: Sequence[tuple[list[int], list[int]]], share: float) -> TokenBatch:
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_batch(rows, self.pad, share, self.multiple, room)
+        return token_batch(rows, self.pad, share, self.multiple)
+
+    def _compared(self) -> DataLoader:
+        if self.method.labels:
+            identity = {"data": self.fingerprint, "template": self.template.template}
+            self.pairs = self.method.iterate(self._prompts("train"), identity, self.cache)
+        else:
+            self.pairs = self.pairs or self._with_reference(self._given_pairs("train"))
+        for part in ("val", "test"):
+            self._held_out_rows(part)  # now: the policy is not its own reference any more once it has moved
+        rows = [(pair.prompt_ids, [*pair.responses[0], *pair.responses[1]], pair) for pair in self.pairs]
+        return training_loader(rows, self._pair_batch, self.trainer, self.batch_size, self.seed, self.workers)
+
+    def _pair_batch(self, rows: Sequence[tuple], share: float) -> PreferenceBatch | PackedPreferenceBatch:
+        pairs = [row[2] for row in rows]
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
+        return preference_batch(pairs, self.pad, share, self.multiple)
+
+    def _given_pairs(self, part: str, subset: str | None = None) -> list[Pair]:
+        """The pairs of a part, the better reply first."""
+        rows = [row for row in self.parts[part] if len(row.replies) == 2 and subset in (None, row.subset)]
+        if not rows and part == "train":
+            raise ValueError(
+                f"{self.source.origin} has no pairs to learn from: take a method that makes its own (model="
+                "sppo), or data with chosen and rejected replies"
+            )
+        decided = [row for row in rows if row.label != 0.5 or not self.drop_ties]
+        if len(decided) < len(rows):
+            _say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {part} pairs are ties: left out")
+        return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
+
+    def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
+        return self.method.with_reference(pairs, self.cache) if self.method.batch_type is PreferenceBatch else pairs
+
+    # Evaluation
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return [prompt_loader(self.val, self.trainer), *self._held_out_rows("val")]
+
+    def test_dataloader(self) -> list[DataLoader]:
+        return [prompt_loader(self.test, self.trainer), *self._held_out_rows("test")]
+
+    def predict_dataloader(self) -> DataLoader:
+        return prompt_loader(self.test, self.trainer)
+
+    def _held_out_rows(self, part: str) -> list[DataLoader]:
+        """All of them on every process, whose networks may be sharded: pairs, or without any the replies."""
+        names = sorted({row.subset for row in self.parts[part] if len(row.replies) == 2})
+        self.subsets = ("prompts", *names) if len(names) > 1 else ()
+        if part not in self._held_out:
+            made = [self._pair_loader(self._given_pairs(part, name)) for name in names]
+            self._held_out[part] = made or self._reply_loader(part)
+        return self._held_out[part]
+
+    def _pair_loader(self, pairs: list[Pair]) -> DataLoader:
+        ordered = sorted(
+            self._with_reference(pairs), key=lambda pair: sum(map(len, (pair.prompt_ids, *pair.responses)))
+        )
+        return DataLoader([preference_batch(part, self.pad, 1.0) for part in _cut(ordered)], batch_size=None)
+
+    def _reply_loader(self, part: str) -> list[DataLoader]:
+        rows = sorted(self._better_replies(part), key=lambda row: len(row[0]) + len(row[1]))
+        batches = [token_batch(some, self.pad, float(sum(len(reply) for _, reply in some))) for some in _cut(rows)]
+        return [DataLoader(batches, batch_size=None)] if batches else []
+
+
+def _first_openings(rows: list[Conversation], limit: int | None) -> list[Conversation]:
+    """The conversations with the first `limit` openings, all of what begins alike together."""
+    kept = set(list(dict.fromkeys(row.opening for row in rows))[:limit])
+    return [row for row in rows if row.opening in kept]
+
+
+def _reference(row: Conversation) -> str:
+    return row.replies[0] if len(row.replies) == 1 else row.gold
+
+
+def _better(row: Conversation) -> int:
+    return int(row.label < 0.5)
+
+
+def _pair(row: Conversation, prompt: list[int], replies: tuple[list[int], ...]) -> Pair:
+    first, second = replies
+    if _better(row) == 0:
+        return Pair(row.id, prompt, (first, second), row.label, row.value)
+    value = row.value and (row.value[1], row.value[0])
+    return Pair(row.id, prompt, (second, first), 1 - row.label, value)
+
+
+def _cut(rows: list[Any]) -> list[list[Any]]:
+    return [rows[i : i + ROWS_AT_ONCE] for i in range(0, len(rows), ROWS_AT_ONCE)]
+
+
+def _say(text: str) -> None:
+    rank_zero_warn(text, category=UserWarning)
