@@ -69,11 +69,11 @@ class Turns:
             self.changed.notify_all()
 
     def leave(self, side: str) -> None:
-        """The side has no step left."""
+        """The side has no step left, or failed."""
         with self.changed:
             place = self.sides.index(side)
             self.sides.remove(side)
-            self.now = place % max(1, len(self.sides))
+            self.now = (self.now - (place < self.now)) % max(1, len(self.sides))
             self.changed.notify_all()
 
 

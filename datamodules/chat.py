@@ -122,12 +122,14 @@ class Chat(L.LightningDataModule):
         return self.template.prompt(messages)
 
     def _prompts(self, part: str) -> list[Prompt]:
-        """Every prompt of a part once, whatever the number of its replies."""
+        """Every prompt of a part once, whatever the number of its replies; `gold` is the best one that is known."""
         rows = {(row.messages, row.script): row for row in reversed(self._to_answer(part))}
         encoded = self._encoded(f"{part} prompts", list(reversed(rows.values())), replies=False)
+        better = {row.messages: row.replies[_better(row)] for row in self.parts[part] if len(row.replies) == 2}
+        golds = [_reference(row) or better.get(row.messages, "") for row, _, _ in encoded]
         return [
-            Prompt(row.id, row.messages[-1].content, _reference(row), ids, row.messages, row.script)
-            for row, ids, _ in encoded
+            Prompt(row.id, row.messages[-1].content, gold, ids, row.messages, row.script)
+            for (row, ids, _), gold in zip(encoded, golds)
         ]
 
     def _to_answer(self, part: str) -> list[Conversation]:
@@ -176,6 +178,8 @@ class Chat(L.LightningDataModule):
     # Training
 
     def train_dataloader(self) -> DataLoader:
+        for part in ("val", "test"):
+            self._held_out_rows(part)  # as long as the policy is the one that its reference is
         return {TokenBatch: self._imitated, PreferenceBatch: self._compared}[self.method.batch_type]()
 
     def _imitated(self) -> DataLoader:
@@ -204,8 +208,6 @@ class Chat(L.LightningDataModule):
             self.pairs = self.method.iterate(self._prompts("train"), identity, self.cache)
         else:
             self.pairs = self.pairs or self._with_reference(self._given_pairs("train"))
-        for part in ("val", "test"):
-            self._held_out_rows(part)  # now: the policy is not its own reference any more once it has moved
         rows = [(pair.prompt_ids, [*pair.responses[0], *pair.responses[1]], pair) for pair in self.pairs]
         return training_loader(rows, self._pair_batch, self.trainer, self.batch_size, self.seed, self.workers)
 

@@ -20,7 +20,10 @@ class ReplyEvaluation:
 
     def __init__(self, method: Any, k: int) -> None:
         self.method, self.k = method, k
-        self.preference = getattr(method.trainer.datamodule, "preference", None)
+        data = method.trainer.datamodule
+        # every process knows the same of all prompts, also where it has none of those with a reply
+        comparable = any(prompt.gold for prompt in data.test)
+        self.preference = getattr(data, "preference", None) if comparable else None
         self.means: dict[str, MeanMetric] = {}
         self.lengths, self.finished = MeanMetric().to(method.device), MeanMetric().to(method.device)
         self.win_rate = WinRate().to(method.device)
