@@ -20,8 +20,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import lightning as L
 import torch
@@ -38,6 +37,8 @@ from lightning_modules.alignment.rollout import score_responses
 from lightning_modules.optimizers.schedules import warmup_constant
 
 BETA, LR = 0.1, 1e-4
+BARE, TRL = "bare loop", "TRL"  # both with the reference in the step
+WARM = slice(3, None)  # the steps that count
 SIZES = {
     "tiny": {"width": 128, "layers": 4, "heads": 4, "hidden": 512},
     "small": {"width": 320, "layers": 8, "heads": 5, "hidden": 1280},
@@ -59,11 +60,10 @@ class Turns:
             self.changed.wait_for(lambda: self.sides[self.now] == side)
         self._began = time.perf_counter()
 
-    def give(self, side: str, loss: float | None = None) -> None:
-        """End the turn; a turn without a loss, before the first step, does not count."""
-        if loss is not None:
-            self.seconds[side].append(time.perf_counter() - self._began)
-            self.losses[side].append(loss)
+    def give(self, side: str, loss: float) -> None:
+        """End the turn."""
+        self.seconds[side].append(time.perf_counter() - self._began)
+        self.losses[side].append(loss)
         with self.changed:
             self.now = (self.now + 1) % len(self.sides)
             self.changed.notify_all()
@@ -75,16 +75,6 @@ class Turns:
             self.sides.remove(side)
             self.now = (self.now - (place < self.now)) % max(1, len(self.sides))
             self.changed.notify_all()
-
-
-@contextmanager
-def part(turns: Turns, side: str) -> Iterator[None]:
-    """A side's whole run: what it prepares is done in its first turn."""
-    turns.take(side)
-    try:
-        yield
-    finally:
-        turns.leave(side)
 
 
 class Pairs(Dataset):
@@ -128,7 +118,7 @@ class Measured(L.Callback):
 def ours(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: argparse.Namespace) -> None:
     """The method as `train.py` runs it."""
     packed = functools.partial(packed_preference_batch, room=options.room)
-    with part(turns, side), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         method = Preference(
             functools.partial(pairwise.dpo, beta=BETA), policy=policy,
             optimizer=functools.partial(torch.optim.AdamW, lr=LR, weight_decay=0.0),
@@ -147,29 +137,28 @@ def ours(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: ar
 
 def bare(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: argparse.Namespace) -> None:
     """A loop over transformers' model, as one would write it."""
-    with part(turns, side):
-        model, reference = policy.model.train(), copy.deepcopy(policy.model).eval()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-        batches = Pairs(pairs, options.pairs, preference_batch)
-        for step in range(options.steps):
-            batch = batches[step]
-            ids, mask = batch["ids"].flatten(0, 1), batch["mask"].flatten(0, 1)
+    model, reference = policy.model.train(), copy.deepcopy(policy.model).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    batches = Pairs(pairs, options.pairs, preference_batch)
+    for step in range(options.steps):
+        batch = batches[step]
+        ids, mask = batch["ids"].flatten(0, 1), batch["mask"].flatten(0, 1)
 
-            def sums(network, ids=ids, mask=mask) -> torch.Tensor:
-                logits = network(ids, use_cache=False).logits[:, :-1].float()
-                said = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-                return said.masked_fill(~mask, 0.0).sum(1)
+        def sums(network, ids=ids, mask=mask) -> torch.Tensor:
+            logits = network(ids, use_cache=False).logits[:, :-1].float()
+            said = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            return said.masked_fill(~mask, 0.0).sum(1)
 
-            with torch.no_grad():
-                before = sums(reference)
-            log_ratio = sums(model) - before
-            loss = -torch.nn.functional.logsigmoid(BETA * (log_ratio[0::2] - log_ratio[1::2])).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            turns.give(side, loss.item())
-            turns.take(side)
+        with torch.no_grad():
+            before = sums(reference)
+        log_ratio = sums(model) - before
+        loss = -torch.nn.functional.logsigmoid(BETA * (log_ratio[0::2] - log_ratio[1::2])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        turns.give(side, loss.item())
+        turns.take(side)
 
 
 def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: argparse.Namespace) -> None:
@@ -195,7 +184,7 @@ def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: arg
             turns.give(side, trainer.last_loss.item())
             turns.take(side)
 
-    with part(turns, side), tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         rows = [{"prompt": "", "prompt_ids": p.prompt_ids, "chosen_ids": p.responses[0], "rejected_ids": p.responses[1]}
                 for p in pairs[: options.pairs * options.steps]]  # fmt: skip
         config = DPOConfig(
@@ -204,9 +193,8 @@ def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: arg
             lr_scheduler_type="constant", beta=BETA, logging_steps=10, save_strategy="no", disable_tqdm=True,
             precompute_ref_log_probs="cached" in side, max_grad_norm=1.0, seed=0,
         )  # fmt: skip
-        reference = None if "cached" in side else copy.deepcopy(policy.model)
         trainer = InOrder(
-            policy.model, ref_model=reference, args=config, train_dataset=datasets.Dataset.from_list(rows),
+            policy.model, ref_model=copy.deepcopy(policy.model), args=config, train_dataset=datasets.Dataset.from_list(rows),
             processing_class=policy.tokenizer, callbacks=[Measured()],
         )  # fmt: skip
         trainer.train()
@@ -216,17 +204,20 @@ def race(options: argparse.Namespace) -> Turns:
     """All sides, from the same weights, until all have done their steps."""
     source = policies.tiny(context=4 * options.length, **SIZES[options.model])
     pairs = made_pairs(options, source)
-    contestants = {"bare, reference in the step": bare, "ours, cached": ours, "ours, cached and packed": ours}
+    contestants = {BARE: bare, "ours, cached": ours, "ours, cached and packed": ours}
     if importlib.util.find_spec("trl"):
-        contestants |= {"TRL, reference in the step": trl, "TRL, cached": trl}
+        contestants |= {TRL: trl, "TRL, cached": trl}
     turns, failures = Turns(list(contestants)), []
 
     def run(side: str, contestant: Callable) -> None:
+        turns.take(side)  # what a side prepares is part of its first turn, which is not counted
         try:
             policy = copy.deepcopy(source, {id(source.tokenizer): source.tokenizer})
             contestant(turns, side, policy, pairs, options)
         except BaseException as error:
             failures.append(error)
+        finally:
+            turns.leave(side)
 
     threads = [threading.Thread(target=run, args=item, daemon=True) for item in contestants.items()]
     for thread in threads:
@@ -254,19 +245,21 @@ def main() -> None:
     for name in ("lightning.pytorch", "transformers", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     turns = race(options)
-    reference = turns.losses["bare, reference in the step"]
-    kind = "ragged" if options.ragged else "equal"
-    print(f"{options.model}, {options.pairs} pairs of {options.length} tokens ({kind}), prompts of {options.prompt}")
+    print(f"{options.model}, {options.pairs} pairs of {options.length} tokens", end=" ")
+    print(f"({'ragged' if options.ragged else 'equal'}), prompts of {options.prompt}")
     print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} thread(s), {options.steps} steps")
-    for side, seconds in turns.seconds.items():
-        warm = slice(3, None)
-        ratios = sorted(a / b for a, b in zip(seconds[warm], turns.seconds["bare, reference in the step"][warm]))
-        low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-        apart = max(abs(a - b) for a, b in zip(turns.losses[side], reference))
-        print(
-            f"{side:>28}: {1e3 * statistics.median(seconds[warm]):8.2f} ms, {statistics.median(ratios):.2f} x bare "
-            f"[{low:.2f}, {high:.2f}], losses within {apart:.1e}"
-        )
+    for side in turns.seconds:
+        apart = max(abs(a - b) for a, b in zip(turns.losses[side], turns.losses[BARE]))
+        median = statistics.median(turns.seconds[side][WARM])
+        ratios = [f"{ratio(turns, side, other)} x {other}" for other in (BARE, TRL) if other in turns.seconds]
+        print(f"{side:>26}: {1e3 * median:8.2f} ms, {', '.join(ratios)}, losses within {apart:.1e}")
+
+
+def ratio(turns: Turns, side: str, other: str) -> str:
+    """Median of the ratios of seconds, step by step, with their 10th and 90th percentile."""
+    ratios = sorted(a / b for a, b in zip(turns.seconds[side][WARM], turns.seconds[other][WARM]))
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    return f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
 
 
 if __name__ == "__main__":
