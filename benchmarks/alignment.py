@@ -194,8 +194,8 @@ def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: arg
             precompute_ref_log_probs="cached" in side, max_grad_norm=1.0, seed=0,
         )  # fmt: skip
         trainer = InOrder(
-            policy.model, ref_model=copy.deepcopy(policy.model), args=config, train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=policy.tokenizer, callbacks=[Measured()],
+            policy.model, ref_model=copy.deepcopy(policy.model), args=config,
+            train_dataset=datasets.Dataset.from_list(rows), processing_class=policy.tokenizer, callbacks=[Measured()],
         )  # fmt: skip
         trainer.train()
 
