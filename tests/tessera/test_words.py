@@ -54,8 +54,8 @@ def test_every_choice_composes(path):
     group = path.parent.name
     if group in ("reading", "recipe", "sweep", "tuning"):
         pytest.skip("chosen through others")
-    model = {"objective": "dqo", "pairwise": "dpo", "network": "gpt2"}.get(group)  # of which the group is a part
-    word = "pairwise" if group == "pairwise" else f"{group}@model.{group}"
+    model = {"objective": "dqo", "pairwise": "dpo", "oracle": "apo", "network": "gpt2"}.get(group)  # of which the group is a part
+    word = group if group in ("pairwise", "oracle") else f"{group}@model.{group}"
     compose([f"model={model}", f"{word}={path.stem}"] if model else [f"{group}={path.stem}"])
 
 
