@@ -9,12 +9,21 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from datamodules.batches import Message, Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch
+from datamodules.batches import (
+    Message,
+    PackedPreferenceBatch,
+    Pair,
+    PreferenceBatch,
+    Prompt,
+    PromptBatch,
+    TokenBatch,
+)
 from datamodules.chat_sets import find_conversations
 from datamodules.chat_templates import ChatTemplate
 from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch
 from datamodules.conversations import Conversation, Defect, Ledger
 from datamodules.loaders import prompt_loader, training_loader
+from datamodules.pair_packing import packed_preference_batch
 
 PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 ROWS_AT_ONCE = 16  # held-out rows of a batch
@@ -98,7 +107,7 @@ class Chat(L.LightningDataModule):
                 f"{self.multiple}) exceed the policy's context of {policy.context} tokens: lower them to fit"
             )
         if self.packed and stage == "fit":
-            policy.check_packing()
+            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
         self.pad = policy.tokenizer.pad_token_id
         self.template = ChatTemplate(policy.tokenizer, self.template_name, policy.stop_ids)
         self.val, self.test = self._prompts("val"), self._prompts("test")
@@ -113,12 +122,14 @@ class Chat(L.LightningDataModule):
         return self.template.prompt(messages)
 
     def _prompts(self, part: str) -> list[Prompt]:
-        """Every prompt of a part once, whatever the number of its replies."""
+        """Every prompt of a part once, whatever the number of its replies; `gold` is the best one that is known."""
         rows = {(row.messages, row.script): row for row in reversed(self._to_answer(part))}
         encoded = self._encoded(f"{part} prompts", list(reversed(rows.values())), replies=False)
+        better = {row.messages: row.replies[_better(row)] for row in self.parts[part] if len(row.replies) == 2}
+        golds = [_reference(row) or better.get(row.messages, "") for row, _, _ in encoded]
         return [
-            Prompt(row.id, row.messages[-1].content, _reference(row), ids, row.messages, row.script)
-            for row, ids, _ in encoded
+            Prompt(row.id, row.messages[-1].content, gold, ids, row.messages, row.script)
+            for (row, ids, _), gold in zip(encoded, golds)
         ]
 
     def _to_answer(self, part: str) -> list[Conversation]:
@@ -200,8 +211,12 @@ class Chat(L.LightningDataModule):
         rows = [(pair.prompt_ids, [*pair.responses[0], *pair.responses[1]], pair) for pair in self.pairs]
         return training_loader(rows, self._pair_batch, self.trainer, self.batch_size, self.seed, self.workers)
 
-    def _pair_batch(self, rows: Sequence[tuple], share: float) -> PreferenceBatch:
-        return preference_batch([row[2] for row in rows], self.pad, share, self.multiple)
+    def _pair_batch(self, rows: Sequence[tuple], share: float) -> PreferenceBatch | PackedPreferenceBatch:
+        pairs = [row[2] for row in rows]
+        if self.packed:
+            room = min(PACKED_ROW, self.method.policy.context)
+            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
+        return preference_batch(pairs, self.pad, share, self.multiple)
 
     def _given_pairs(self, part: str, subset: str | None = None) -> list[Pair]:
         """The pairs of a part, the better reply first."""

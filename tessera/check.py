@@ -55,6 +55,12 @@ def batch_types(data: DictConfig) -> dict[str, Any]:
     return {kind.__name__: kind for kind in get_class(data._target_).serves}
 
 
+def unserved(config: DictConfig) -> str | None:
+    """The batch that the model eats, where the data does not serve it."""
+    wanted = get_class(config.model._target_).batch_type.__name__
+    return None if wanted in batch_types(config.data) else wanted
+
+
 def problems(config: DictConfig, choices: dict[str, str]) -> list[str]:
     """One sentence for everything that does not fit, with the word to change."""
     checks = (

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from lightning_modules.method import Method
 from tessera import build, ranks, report
-from tessera.check import refuse
+from tessera.check import refuse, unserved
 from tessera.checkpoints import newest_valid, outline, sha256, sweep_up, write_text
 from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held, refuse_another
@@ -97,8 +97,13 @@ def _all(words: list[str]) -> int:
     ranks.join(config.trainer.timeout_minutes)
     compared = config.compare or {}
     others = {label: phase(list(other), words) for label, other in compared.items()}
-    for other in others.values():
-        refuse(*compose(other))
+    for label, other in list(others.items()):
+        if missing := unserved(compose(other)[0]):
+            del others[label]
+            if ranks.rank() == 0:
+                print(f"{label} is left out of the comparison: it eats {missing}, which this data does not serve")
+        else:
+            refuse(*compose(other))
     plan = prepare(words)
     before = time.time()
     folder = carry_out(plan, plan.config.record)

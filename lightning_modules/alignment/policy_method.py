@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, Trajectory, TrajectoryBatch
+from datamodules.batches import PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
 from lightning_modules.alignment.answer_evaluation import AnswerEvaluation
 from lightning_modules.alignment.generation import Sample, Sampling, generate
 from lightning_modules.alignment.policy import Policy, unsharded
@@ -174,12 +174,18 @@ class PolicyMethod(Method):
         self.begin_evaluation(self.k)
 
     def validation_step(
-        self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        batch: PromptBatch | TrajectoryBatch | PreferenceBatch | TokenBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate(batch)
 
     def test_step(
-        self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        batch: PromptBatch | TrajectoryBatch | PreferenceBatch | TokenBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         self._evaluate(batch)
 
@@ -205,8 +211,8 @@ class PolicyMethod(Method):
         self.answering = unsharded(self.policy)
         self.samples = []
 
-    def judge(self, batch: TrajectoryBatch | PreferenceBatch) -> None:
-        """Look at held-out responses: scored ones, of a method that `judges`, or pairs, where nothing can be scored."""
+    def judge(self, batch: TrajectoryBatch | PreferenceBatch | TokenBatch) -> None:
+        """Look at held-out responses: scored ones, of a method that `judges`, else pairs and replies."""
         raise NotImplementedError
 
     def end_evaluation(self, stage: str) -> None:
@@ -215,7 +221,7 @@ class PolicyMethod(Method):
         for name, value in self.evaluation.results(stage).items():
             self.log(self.metric(f"{stage}/{name}"), value)
 
-    def _evaluate(self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch) -> None:
+    def _evaluate(self, batch: PromptBatch | TrajectoryBatch | PreferenceBatch | TokenBatch) -> None:
         if "prompts" in batch:
             self.samples += self.evaluation.answer(batch["prompts"])
         else:
@@ -249,6 +255,15 @@ class PolicyMethod(Method):
 def token_mean(per_token: Float[Tensor, "batch steps"], token_share: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """The mean over the tokens of the global batch, once micro-batches are averaged (see `TokenBatch`)."""
     return per_token.sum() / token_share
+
+
+def reply_nll(policy: Policy, batch: TokenBatch | PreferenceBatch) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Cross-entropy (nats per token) of replies, of a pair that of the better one, and the number of its tokens."""
+    ids, mask = batch["ids"], batch["mask"]
+    if "label" in batch:
+        rows, better = torch.arange(len(ids), device=ids.device), (batch["label"] < 0.5).long()
+        ids, mask = ids[rows, better], mask[rows, better]
+    return -policy(ids, mask).log_probs.sum() / mask.sum(), mask.sum()
 
 
 def _gathered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from datamodules.batches import PackedPreferenceBatch, Pair, PreferenceBatch
+from datamodules.batches import PackedPreferenceBatch, Pair, PreferenceBatch, TokenBatch
 from lightning_modules.alignment.policy import unsharded
-from lightning_modules.alignment.policy_method import PolicyMethod
+from lightning_modules.alignment.policy_method import PolicyMethod, reply_nll
 from lightning_modules.alignment.preference_figures import preferences
 from lightning_modules.alignment.rollout import score_responses
 
@@ -107,8 +107,14 @@ class Preference(PolicyMethod):
 
     # Held-out pairs
 
-    def judge(self, batch: PreferenceBatch) -> None:
-        """Whether the implicit reward beta log(pi / pi_ref) orders held-out pairs as their labels do."""
+    def judge(self, batch: PreferenceBatch | TokenBatch) -> None:
+        """Whether the implicit reward beta log(pi / pi_ref) orders held-out pairs as their labels do.
+
+        Of replies that have no other one beside them, the cross-entropy.
+        """
+        if "label" not in batch:
+            nll, tokens = reply_nll(self.policy, batch)
+            return self.evaluation.add(tokens, nll=nll)
         compared, label = self.compare(batch), batch["label"]
         losses = self.losses(*compared.log_ratios.unbind(1), batch, compared.lengths)
         report = self.report(compared, label)

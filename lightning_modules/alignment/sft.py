@@ -2,11 +2,10 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from datamodules.batches import PreferenceBatch, TokenBatch, Trajectory, TrajectoryBatch
-from lightning_modules.alignment.policy_method import PolicyMethod, token_mean
+from lightning_modules.alignment.policy_method import PolicyMethod, reply_nll, token_mean
 
 
 class SFT(PolicyMethod):
@@ -21,13 +20,9 @@ class SFT(PolicyMethod):
         self.log_step(loss)
         return loss
 
-    def judge(self, batch: PreferenceBatch) -> None:
-        """Cross-entropy (nats per token) of the better reply of every held-out pair."""
-        better = (batch["label"] < 0.5).long()
-        rows = torch.arange(len(better), device=better.device)
-        ids, mask = batch["ids"][rows, better], batch["mask"][rows, better]
-        tokens = mask.sum()
-        self.evaluation.add(tokens, loss=-self.policy(ids, mask).log_probs.sum() / tokens)
+    def judge(self, batch: TokenBatch | PreferenceBatch) -> None:
+        nll, tokens = reply_nll(self.policy, batch)
+        self.evaluation.add(tokens, loss=nll)
 
 
 class RFT(SFT):
