@@ -29,7 +29,7 @@ PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and den
 ROWS_AT_ONCE = 16  # held-out rows of a batch
 TURNS = ("script", "last")
 
-Encoded = tuple[Conversation, list[int], tuple[list[int], ...]]  # with the tokens of its prompt and of its replies
+Encoded = tuple[Conversation, list[int], list[list[int]]]  # with the tokens of its prompt and of its replies
 
 
 class Chat(L.LightningDataModule):
@@ -84,7 +84,7 @@ class Chat(L.LightningDataModule):
             _say(f"{self.source.origin} has too few rows for a test: the validation rows are tested")
             self.parts["test"] = self.parts["val"]
         self.pairs: list[Pair] = []
-        self.subsets: tuple[str, ...] = ()
+        self.subsets = _subsets([*self.parts["val"], *self.parts["test"]])
         self._held_out: dict[str, list[DataLoader]] = {}
 
     @property
@@ -162,7 +162,7 @@ class Chat(L.LightningDataModule):
     def _encode(self, row: Conversation, replies: Sequence[str]) -> Encoded:
         if token := self.template.refused([*(message.content for message in row.messages), *replies]):
             raise Defect(self._where(row), f"the text spells the special token {token}", "delete the row")
-        return row, self.template.prompt(row.messages), tuple(self.template.reply(row.messages, r) for r in replies)
+        return row, *self.template.encode(row.messages, replies)
 
     def _where(self, row: Conversation) -> str:
         return f"{self.source.origin}, row {row.id}"
@@ -232,7 +232,8 @@ class Chat(L.LightningDataModule):
         return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
-        return self.method.with_reference(pairs, self.cache) if self.method.batch_type is PreferenceBatch else pairs
+        wanted = pairs and self.method.batch_type is PreferenceBatch
+        return self.method.with_reference(pairs, self.cache) if wanted else pairs
 
     # Evaluation
 
@@ -246,12 +247,13 @@ class Chat(L.LightningDataModule):
         return prompt_loader(self.test, self.trainer)
 
     def _held_out_rows(self, part: str) -> list[DataLoader]:
-        """All of them on every process, whose networks may be sharded: pairs, or without any the replies."""
-        names = sorted({row.subset for row in self.parts[part] if len(row.replies) == 2})
-        self.subsets = ("prompts", *names) if len(names) > 1 else ()
+        """All of them on every process, whose networks may be sharded: pairs, or for SFT without any the replies."""
         if part not in self._held_out:
-            made = [self._pair_loader(self._given_pairs(part, name)) for name in names]
-            self._held_out[part] = made or self._reply_loader(part)
+            paired = any(len(row.replies) == 2 for row in self.parts[part])
+            names = self.subsets[1:] or (None,)
+            made = [self._pair_loader(self._given_pairs(part, name)) for name in names if paired]
+            imitates = self.method.batch_type is TokenBatch
+            self._held_out[part] = made or (self._reply_loader(part) if imitates else [])
         return self._held_out[part]
 
     def _pair_loader(self, pairs: list[Pair]) -> DataLoader:
@@ -272,6 +274,12 @@ def _first_openings(rows: list[Conversation], limit: int | None) -> list[Convers
     return [row for row in rows if row.opening in kept]
 
 
+def _subsets(rows: list[Conversation]) -> tuple[str, ...]:
+    """The names of evaluation's loaders, where pairs come by subset."""
+    names = sorted({row.subset for row in rows if len(row.replies) == 2})
+    return ("prompts", *names) if len(names) > 1 else ()
+
+
 def _reference(row: Conversation) -> str:
     return row.replies[0] if len(row.replies) == 1 else row.gold
 
@@ -280,7 +288,7 @@ def _better(row: Conversation) -> int:
     return int(row.label < 0.5)
 
 
-def _pair(row: Conversation, prompt: list[int], replies: tuple[list[int], ...]) -> Pair:
+def _pair(row: Conversation, prompt: list[int], replies: list[list[int]]) -> Pair:
     first, second = replies
     if _better(row) == 0:
         return Pair(row.id, prompt, (first, second), row.label, row.value)

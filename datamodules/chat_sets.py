@@ -36,7 +36,7 @@ STANDIN_SETTINGS = {"train", "val", "test", "turns", "things", "cyclic", "streng
 class ChatSource:
     """Where the conversations came from, and the conversations.
 
-    `name` is what logs and results say. `fingerprint` is the SHA-256 of the bytes read, or of the generator's
+    `name` is what logs, results and folders say. `fingerprint` is the SHA-256 of the bytes read, or of the generator's
     parameters. `parts` has `train`, `val` and `test`, no two of which share a first turn of the user. `preference` is
     the true one, where it is known.
     """
@@ -149,7 +149,7 @@ def _source(
         raise ValueError(f"{origin} has no usable row: check the file and the fields of its rows")
     parts = split_by_opening(rows, **settings)
     log.info("%s: %s conversations", origin, {part: len(found) for part, found in parts.items()})
-    return ChatSource(name, origin, digest, False, parts)
+    return ChatSource(name.replace("/", "-"), origin, digest, False, parts)
 
 
 def split_by_opening(

@@ -25,6 +25,7 @@ PHRASES = (
 )
 NUMBERS = 100  # the user's turns are numbered, so that there are enough of them; the number means nothing
 MALFORMED = len(NAMES)
+NAMED = 0.8  # with less, imitation does not find out in a minute that replies speak of what the user spoke of
 
 Triple = tuple[float, float, float]
 FIRST_TURN: Triple = (0.6, 0.4, 0.8)  # K of r_1 = 1/2 + 1/2 K
@@ -123,8 +124,9 @@ def generate(
 ) -> dict[str, list[Conversation]]:
     """Parts of the given numbers of conversations; none begins as another one does, within a part or across them.
 
-    A conversation is a prompt with its script, and a pair after every turn of the user: two replies of the behaviour
-    policy, the better one drawn by the preference (or, with `soft_labels`, the preference itself as label). "test" and
+    A conversation is a prompt with its script and a reply to be compared with, and a pair after every turn of the user:
+    two replies of the behaviour policy, the better one drawn by the preference (or, with `soft_labels`, the preference
+    itself as label). "test" and
     "val" are drawn first, so that they stay the same when the other sizes change. Raises ValueError.
     """
     _check(sizes, turns, preference)
@@ -153,7 +155,8 @@ def _check(sizes: dict[str, int], turns: int, preference: GamePreference) -> Non
 def _conversations(
     rng: random.Random, id: str, users: list[str], preference: GamePreference, soft_labels: bool
 ) -> list[Conversation]:
-    found = [Conversation(id, (Message("user", users[0]),), script=tuple(users[1:]))]
+    gold = _behaviour(rng, users[0], preference.things)
+    found = [Conversation(id, (Message("user", users[0]),), script=tuple(users[1:]), gold=gold)]
     messages: tuple[Message, ...] = ()
     for turn, user in enumerate(users, start=1):
         messages = (*messages, Message("user", user))
@@ -175,9 +178,9 @@ def _two(rng: random.Random, user: str, things: int) -> tuple[str, str]:
 
 
 def _behaviour(rng: random.Random, user: str, things: int) -> str:
-    """A name and a number of things, each uniform; a thing is as often one that the user named as another one."""
+    """A name and a number of things, each uniform; a thing is mostly one of the two that the user named."""
     named = _asked(user)
-    chosen = [rng.choice(named if rng.random() < 0.5 else THINGS) for _ in range(rng.randint(1, things))]
+    chosen = [rng.choice(named if rng.random() < NAMED else THINGS) for _ in range(rng.randint(1, things))]
     return " ".join([rng.choice(NAMES), *chosen])
 
 

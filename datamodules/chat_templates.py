@@ -32,23 +32,30 @@ class ChatTemplate:
         self.reserved = sorted(set(tokenizer.all_special_tokens))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens up to where the assistant's reply begins. Raises ValueError when it would begin with two BOS."""
-        ids = self._tokens(self._render(messages, ask=True))
+        """Tokens up to where the assistant's reply begins. Raises ValueError when they would begin with two BOS."""
+        return self._prompt(self._render(messages, ask=True))
+
+    def encode(self, messages: Sequence[Message], replies: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """The prompt's tokens, and for each reply those that follow them when the assistant says it, its end last."""
+        before = self._render(messages, ask=True)
+        prompt = self._prompt(before)
+        wholes = [self._render([*messages, Message("assistant", text)], ask=False) for text in replies]
+        return prompt, [self._reply(before, prompt, whole) for whole in wholes]
+
+    def _prompt(self, text: str) -> list[int]:
+        ids = self._tokens(text)
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise ValueError("the chat template writes the beginning-of-sequence token twice: set data.template=plain")
         return ids
 
-    def reply(self, messages: Sequence[Message], text: str) -> list[int]:
-        """Tokens that follow `prompt(messages)` when the assistant says `text`, the end of its turn last."""
-        before = self._render(messages, ask=True)
-        whole = self._render([*messages, Message("assistant", text)], ask=False)
+    def _reply(self, before: str, prompt: list[int], whole: str) -> list[int]:
         if not whole.startswith(before):
             raise ValueError(
                 "the chat template does not continue its own prompt with the reply (it rewrites what came before): set "
                 "data.template=plain, or a file with a template that does"
             )
         # tokenised together where that leaves the prompt as it is, which sampling has seen
-        prompt, both = self._tokens(before), self._tokens(whole)
+        both = self._tokens(whole)
         ids = both[len(prompt) :] if both[: len(prompt)] == prompt else self._tokens(whole[len(before) :])
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
         return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]

@@ -58,6 +58,7 @@ class Learner:
         self.policy, self.batch_type, self.labels, self.prompts = POLICY, batch_type, labels, []
 
     def with_reference(self, pairs, folder):
+        assert pairs, "there is nothing to refer to"
         return pairs
 
     def iterate(self, prompts, identity, folder):
@@ -170,10 +171,12 @@ def test_evaluation_deals_the_prompts_out_and_shows_everyone_the_held_out_pairs(
 
 def test_held_out_pairs_come_by_subset_where_a_benchmark_has_some(made, tmp_path):
     rows = [row | {"subset": ("hep-cpp", "hep-go")[i % 2], "id": i} for i, row in enumerate(plain())]
+    rows[-1] |= {"subset": "hep-java", "chosen": "y" * 500}
     data = at(made(path=rows_of(tmp_path / "test.jsonl", rows)), Learner())
-    loaders = data.test_dataloader()
-    assert data.subsets == ("prompts", "hep-cpp", "hep-go")
-    assert [sum(len(batch["ids"]) for batch in loader) for loader in loaders[1:]] == [20, 20]
+    with pytest.warns(UserWarning, match="1 of 1 test pairs left out"):
+        loaders = data.test_dataloader()
+    assert data.subsets == ("prompts", "hep-cpp", "hep-go", "hep-java")
+    assert [sum(len(batch["ids"]) for batch in loader) for loader in loaders[1:]] == [20, 19, 0]
 
 
 def test_without_pairs_the_held_out_replies_are_shown(made, tmp_path):
@@ -277,7 +280,7 @@ def test_real_rows_come_before_the_stand_in(made, tmp_path, monkeypatch):
     rows_of(tmp_path / "set" / "pairs.jsonl", plain())
     rows_of(tmp_path / "alone.jsonl", plain())
     monkeypatch.setenv("TESSERA_DATA", str(tmp_path))
-    assert [made(name=name).name for name in ("set", "alone", "set/pairs")] == ["set", "alone", "set/pairs"]
+    assert [made(name=name).name for name in ("set", "alone", "set/pairs")] == ["set", "alone", "set-pairs"]
     assert not made(name="set").standin
     assert made(name="set").preference is None
     rows_of(tmp_path / "set" / "others.jsonl", plain())

@@ -51,8 +51,9 @@ def every_template():
 def test_the_prompt_begins_both_members_and_the_next_turn_goes_on_from_them(template):
     ends = set()
     for turns, text in itertools.product((TALK[:1], TALK), REPLIES):
-        prompt, reply = template.prompt(turns), template.reply(turns, text)
+        prompt, (reply,) = template.encode(turns, [text])
         ends.add(reply[-1])
+        assert prompt == template.prompt(turns)
         assert sum(token in template.stop_ids for token in reply) == 1
         said = template.tokenizer.decode(reply, skip_special_tokens=True)
         assert said.strip() == text.strip()
@@ -64,7 +65,7 @@ def test_the_prompt_begins_both_members_and_the_next_turn_goes_on_from_them(temp
 
 @pytest.mark.parametrize("template", every_template())
 def test_a_reply_whose_beginning_would_merge_with_the_prompt_is_tokenised_apart_as_sampling_would(template):
-    prompt, reply = template.prompt(TALK), template.reply(TALK, "\n\nNo.")
+    prompt, (reply,) = template.encode(TALK, ["\n\nNo."])
     text = template.tokenizer.decode([*prompt, *reply])
     assert text.startswith(template.tokenizer.decode(prompt))
     assert "No." in template.tokenizer.decode(reply)
@@ -76,7 +77,8 @@ def test_a_reply_is_tokenised_as_the_template_writes_the_whole_conversation(temp
     whole = [*TALK, Message("assistant", "No.")]
     turns = [{"role": message.role, "content": message.content} for message in whole]
     text = template.tokenizer.apply_chat_template(turns, chat_template=template.template, tokenize=False)
-    ours = template.prompt(TALK) + template.reply(TALK, "No.")
+    prompt, (reply,) = template.encode(TALK, ["No."])
+    ours = prompt + reply
     theirs = template.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]
     assert theirs[: len(ours)] == ours
 
@@ -86,7 +88,7 @@ def test_the_plain_template_costs_five_tokens_a_turn_of_the_user_and_one_a_reply
     words = template.tokenizer.encode("17. Find coins, the pens are lost.", add_special_tokens=False)
     ids = template.prompt([Message("user", "17. Find coins, the pens are lost.")])
     assert (len(words), len(ids)) == (10, 15)
-    assert len(template.reply([Message("user", "x")], "Tom coins books")) == 4
+    assert len(template.encode([Message("user", "x")], ["Tom coins books"])[1][0]) == 4
 
 
 def test_bos_is_written_once_or_refused():
@@ -117,7 +119,7 @@ def test_what_the_template_cannot_write_is_a_sentence():
         chat(special(LLAMA), None).prompt([Message("system", "be brief"), *TALK])
     forgetful = "{% for m in messages[-1:] %}{{ m.role }}: {{ m.content }}{% endfor %}"
     with pytest.raises(ValueError, match="does not continue its own prompt"):
-        chat(special(forgetful), None).reply(TALK, "No.")
+        chat(special(forgetful), None).encode(TALK, ["No."])
     with pytest.raises(ValueError, match="refuses a conversation"):
         chat(special("{% if %}"), None).prompt(TALK)
 
