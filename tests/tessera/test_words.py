@@ -54,10 +54,10 @@ def test_every_choice_composes(path):
     group = path.parent.name
     if group in ("reading", "recipe", "sweep", "tuning"):
         pytest.skip("chosen through others")
-    model = {"objective": "dqo", "pairwise": "dpo", "network": "gpt2", "algorithm": "markov_game"}.get(
-        group
-    )  # of which the group is a part
-    word = group if group in ("pairwise", "algorithm") else f"{group}@model.{group}"
+    # of which the group is a part
+    owners = {"algorithm": "markov_game", "network": "gpt2", "objective": "dqo", "oracle": "apo", "pairwise": "dpo"}
+    model = owners.get(group)
+    word = f"{group}@model.{group}" if group in ("objective", "network") else group
     compose([f"model={model}", f"{word}={path.stem}"] if model else [f"{group}={path.stem}"])
 
 
