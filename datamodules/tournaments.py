@@ -130,6 +130,7 @@ class Tournaments(L.LightningDataModule):
         label: str,
         pairs: int,
         held_out: int,
+        limit: int | None,
         batch_size: int,
         max_prompt: int,
         max_response: int,
@@ -141,7 +142,8 @@ class Tournaments(L.LightningDataModule):
         super().__init__()
         _check(tournaments, strength, label)
         self.kinds = {kind: tuple(size) for kind, size in tournaments.items() if size and size[0]}
-        self.strength, self.label, self.count, self.held_out = strength, label, pairs, held_out
+        self.strength, self.label = strength, label
+        self.count, self.held_out = (min(many, limit or many) for many in (pairs, held_out))
         self.batch_size, self.seed, self.workers, self.cache = batch_size, seed, workers, Path(cache)
         self.tournaments = list(self._drawn())
         self.subsets = tuple(self.kinds)

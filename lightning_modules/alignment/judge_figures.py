@@ -70,6 +70,7 @@ def reliability(held_out: dict[str, tuple[Tensor, Tensor]], ceilings: dict[str, 
     left.set(ylabel="right pairs (per cent)", title="dashes: the best scalar" if ceilings else "", ylim=(0, 100))
     left.tick_params(axis="x", rotation=30 if len(accuracies) > 5 else 0)
     log_odds, label = (torch.cat(column) for column in zip(*held_out.values()))
+    log_odds, label = torch.cat([log_odds, -log_odds]), torch.cat([label, 1 - label])  # in both orders
     groups = bins(torch.sigmoid(log_odds), label)
     right.plot([0, 1], [0, 1], color="gray", linestyle=":")
     right.scatter([g[1] for g in groups], [g[2] for g in groups], s=[20 + 200 * g[0] / len(label) for g in groups])

@@ -32,7 +32,8 @@ def bins(probability: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> 
 
 
 def calibration_error(probability: Float[Tensor, " pair"], label: Float[Tensor, " pair"]) -> float:
-    """Expected calibration error, in [0, 1]."""
+    """Expected calibration error, in [0, 1], of every pair in both orders: data may name the better answer first."""
+    probability, label = torch.cat([probability, 1 - probability]), torch.cat([label, 1 - label])
     return sum(count * abs(said - seen) for count, said, seen in bins(probability, label)) / len(label)
 
 

@@ -20,6 +20,15 @@ def test_even_odds_cost_ln_2_and_are_calibrated_on_even_labels():
     assert measure(torch.full((10,), 50.0), torch.tensor([0.0, 1.0] * 5))["ece"] == pytest.approx(0.5)
 
 
+def test_the_order_in_which_a_pair_is_named_does_not_change_its_calibration():
+    generator = torch.Generator().manual_seed(0)
+    log_odds = torch.randn(500, generator=generator)
+    label = (torch.rand(500, generator=generator) < torch.sigmoid(log_odds)).float()
+    better_first = torch.where(label == 1, log_odds, -log_odds)
+    found, same = measure(log_odds, label), measure(better_first, torch.ones(500))
+    assert same == pytest.approx(found)
+
+
 def test_labels_drawn_from_the_predictions_are_calibrated():
     generator = torch.Generator().manual_seed(0)
     log_odds = 2 * torch.randn(20_000, generator=generator)

@@ -9,8 +9,8 @@ from lightning_modules.alignment import policies
 
 SETTINGS = {
     "tournaments": {"cycle": [2, 3], "order": [1, 5], "dominant": [1, 4], "random": [1, 5]}, "strength": 2.0,
-    "label": "hard", "pairs": 500, "held_out": 80, "batch_size": 8, "max_prompt": 64, "max_response": 64, "seed": 1,
-    "workers": 0, "download": False, "cache": "unused",
+    "label": "hard", "pairs": 500, "held_out": 80, "limit": None, "batch_size": 8, "max_prompt": 64,
+    "max_response": 64, "seed": 1, "workers": 0, "download": False, "cache": "unused",
 }  # fmt: skip
 
 
