@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,9 +57,9 @@ class MarkovPreference(Iterative):
     def __init__(
         self,
         optimistic: bool,
-        returns: Literal["one_step", "rollout"],
-        opponent_states: Literal["regenerate", "match"],
-        tau: Literal["center"] | float,
+        returns: str,
+        opponent_states: str,
+        tau: str | float,
         **iterative: Any,
     ) -> None:
         super().__init__(**iterative)

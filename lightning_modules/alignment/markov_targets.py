@@ -4,8 +4,6 @@
 P(answer k, and what follows it, beats answer k' and what follows that).
 """
 
-from typing import Literal
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def advantages(
     current: Float[Tensor, " k"],
     previous: Float[Tensor, " k"] | None,
     center: float,
-    tau: Literal["center"] | float = "center",
+    tau: str | float = "center",
 ) -> Float[Tensor, " k"]:
     """What the log-ratio is regressed onto, times beta: Q_tt - center, or 2 Q_tt - Q_t,t-1 - tau where there is one.
 
@@ -38,7 +36,7 @@ def advantages(
     return 2 * current - previous - (center if tau == "center" else tau)
 
 
-def counted_turns(returns: Literal["one_step", "rollout"], steps_left: int) -> int:
+def counted_turns(returns: str, steps_left: int) -> int:
     """The turns that count: this one, or all that are left. Raises ValueError."""
     if returns not in RETURNS:
         raise ValueError(f"model.returns={returns}: there are {', '.join(RETURNS)}")

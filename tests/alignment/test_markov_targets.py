@@ -47,5 +47,5 @@ def test_adding_to_q_moves_the_regression_which_is_why_the_center_matters():
 
 
 def test_what_is_no_way_of_counting_is_refused():
-    with pytest.raises(Exception, match="terminal"):
+    with pytest.raises(ValueError, match=r"model\.returns=terminal: there are one_step, rollout"):
         counted_turns("terminal", 3)
