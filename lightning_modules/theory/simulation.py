@@ -93,8 +93,8 @@ class Simulation(Method):
         for name, curve in self.mean_curves().items():
             shown = [n for n in self.at if n in self.rounds[:-1]] + self.rounds[-1:]
             found |= {name: curve[-1]} | {f"{name}@{n}": curve[self.rounds.index(n)] for n in shown}
-            if name in self.log_log:
-                found[f"{name}_slope"] = slope(self.rounds, curve)
+            if name in self.log_log and math.isfinite(fitted := slope(self.rounds, curve)):
+                found[f"{name}_slope"] = fitted
         return {name: float(value) for name, value in found.items()}
 
     def mean_curves(self) -> dict[str, np.ndarray]:
