@@ -43,5 +43,5 @@ class GroupedQueryAttention(Attention):
         q, k, v = every.split([self.heads, self.groups, self.groups], 2)
         q, k = self.turn(q, positions), self.turn(k, positions)
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.append(k, v, by_head=True)
         return self.c_proj(attend(q, k, v, mask))

@@ -74,6 +74,16 @@ def test_a_cache_in_any_parts_is_the_whole(parts, options):
     torch.testing.assert_close(torch.cat(pieces, 1), attention(x, positions), rtol=1e-5, atol=1e-6)
 
 
+def test_a_cache_by_head_gives_what_was_kept_and_lies_head_after_head():
+    cache, x = Cache(7), torch.randn(2, 5, 3, 4)
+    for part in x.split([2, 3], 1):
+        kept, doubled = cache.append(part, 2 * part, by_head=True)
+    assert torch.equal(kept, x)
+    assert torch.equal(doubled, 2 * x)
+    assert kept.stride() == (3 * 7 * 4, 4, 7 * 4, 1)
+    assert cache.nbytes == 2 * 2 * 7 * 3 * 4 * 4
+
+
 def test_a_full_cache_is_refused():
     cache = Cache(3)
     cache.append(torch.zeros(1, 2, 4))
