@@ -165,7 +165,7 @@ def _check(config: dict[str, Any]) -> None:
         if config[name] not in allowed:
             raise ValueError(f"{name}={config[name]!r} is none of {', '.join(map(str, allowed))}")
     if config["heads"] is None:
-        raise ValueError(f"heads has no number for attention={config['attention']}: add one, or give one for all")
+        raise ValueError(f"heads has no number for attention={config['attention']}: add one")
     sizes = ("vocab_size", "context", "layers", "width", "heads", "head_width", "pad_vocabulary_to", "hidden")
     for name in sizes:
         if config[name] is not None and config[name] < 1:
