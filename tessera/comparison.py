@@ -23,11 +23,14 @@ Curve = dict[int, float]  # value by step
 def compare(runs: Sequence[RunFolder], picture: Path) -> None:
     """Print a table of finished runs, the best first, and draw their headline metric against the work done.
 
-    Raises ValueError where a run has not ended, or there is nothing to compare: fewer than two, or other metrics.
+    Raises ValueError where a run has not ended or was never evaluated, or there is nothing to compare: fewer than two,
+    or other metrics.
     """
     for run in runs:
         if not run.results:
             raise ValueError(f"{run.path} has no results.json: it is no run folder, or its run has not ended")
+        if run.results["headline"]["value"] is None:
+            raise ValueError(f"{run.path} has no {run.results['headline']['metric']}: run it with stages=[fit,test]")
     headlines = {run.results["headline"]["metric"] for run in runs}
     if len(runs) < 2 or len(headlines) > 1:
         raise ValueError(
