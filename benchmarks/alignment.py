@@ -164,7 +164,7 @@ def bare(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: ar
 def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: argparse.Namespace) -> None:
     """TRL's `DPOTrainer` on the tokens as they are, in their order."""
     import datasets
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     class InOrder(DPOTrainer):
@@ -197,6 +197,7 @@ def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: arg
             policy.model, ref_model=copy.deepcopy(policy.model), args=config,
             train_dataset=datasets.Dataset.from_list(rows), processing_class=policy.tokenizer, callbacks=[Measured()],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
 
 

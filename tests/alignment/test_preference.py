@@ -39,7 +39,7 @@ def held(one: Preference | SFT, step: int = 0, scorer=None) -> Preference | SFT:
     """The method in the hands of a trainer that is at that step, one process."""
     one.trainer = SimpleNamespace(
         global_step=step, global_rank=0, strategy=SingleDeviceStrategy("cpu"), world_size=1,
-        datamodule=SimpleNamespace(scorer=scorer, standin=False, pairs=[]),
+        datamodule=SimpleNamespace(scorer=scorer, standin=False, pairs=[], test=[]),
     )  # fmt: skip
     return one
 
