@@ -103,7 +103,7 @@ class PreferenceModel(Method):
         self._report("test")
 
     def _judge(self, batch: Any, dataloader_idx: int) -> None:
-        if "prompts" in batch:
+        if "label" not in batch:  # prompts to answer, replies to imitate
             return
         names = getattr(self.trainer.datamodule, "subsets", ())
         log_odds = self.judge(batch["ids"], batch["mask"]).float().cpu()

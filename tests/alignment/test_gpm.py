@@ -25,6 +25,7 @@ from lightning_modules.alignment.judges import (
 )
 from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.preference_embedding import cross_entropy, regression
+from lightning_modules.alignment.reward_bench import SUBSETS
 from lightning_modules.optimizers.schedules import warmup_cosine
 
 EOS, PAD = 1, 0
@@ -273,6 +274,23 @@ def test_planes_say_a_cycle_that_no_scalar_can_and_the_export_is_an_oracle(tmp_p
     _, found = fitted(scalar, tournaments(tmp_path), tmp_path)
     assert data.ceilings == {"cycle": 2 / 3}
     assert found["test-standin/pair_accuracy"] < 2 / 3 + 0.01
+
+
+def test_subsets_are_reported_each_and_those_of_rewardbench_by_section():
+    method = PreferenceModel(small_policy(), PairwiseJudge, torch.optim.AdamW, lambda step, total: 1.0)
+    logged = {}
+    method.log_dict = logged.update
+    right, wrong = (torch.tensor([x, x]) for x in (1.0, -1.0))
+    method.judged = {name: [(wrong, torch.ones(2))] for name in SUBSETS} | {
+        "xstest-should-refuse": [(right, torch.ones(2)), (wrong, torch.ones(2))]
+    }
+    method.on_test_epoch_end()
+    assert logged["test/pair_accuracy/xstest-should-refuse"] == 0.5
+    assert logged["test/reward_bench/Safety"] == pytest.approx(0.5 * 154 / 740)
+    assert logged["test/pair_accuracy"] == pytest.approx(2 / (2 * len(SUBSETS) + 2))
+    method.judged = {}
+    with pytest.raises(ValueError, match="no held-out pair to judge"):
+        method.on_test_epoch_end()
 
 
 # Disk and refusals
