@@ -273,14 +273,14 @@ class Iterative(Preference):
     # Going on
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         kept = {name: weights for name, weights in self.kept.items() if name != "initial"}
-        state = {"begun": self.begun, "answered_by": self.answered_by, "started_from": self.started_from}
-        checkpoint["iterative"] = {**state, "kept": kept}
+        checkpoint["iterative"] = {"begun": self.begun, "answered_by": self.answered_by, "kept": kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["iterative"]
         self.begun, self.answered_by = state["begun"], state["answered_by"]
-        self.started_from = state["started_from"]
         self.kept |= state["kept"]
 
 

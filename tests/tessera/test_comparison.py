@@ -64,5 +64,8 @@ def test_runs_that_cannot_be_compared_are_refused(run, tmp_path):
         comparison.compare([run("optimizer=adamw", 1, 2.0)], tmp_path / "picture.png")
     with pytest.raises(ValueError, match="2 runs with test/greedy and test/loss"):
         comparison.compare([run("a=1", 0, 2.0), run("a=2", 0, 2.0, "greedy")], tmp_path / "picture.png")
+    fitted = run("a=3", 0, 2.0)
+    results = fitted.results | {"headline": {"metric": "test/loss", "direction": "min", "value": None}}
+    (fitted.path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match=r"has no test/loss: run it with stages=\[fit,test\]"):
-        comparison.compare([run("a=3", 0, 2.0), run("a=4", 0, None)], tmp_path / "picture.png")
+        comparison.compare([run("a=4", 0, 2.0), fitted], tmp_path / "picture.png")
