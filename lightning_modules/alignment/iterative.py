@@ -252,7 +252,7 @@ class Iterative(Preference):
         prompts = list({prompt.id: prompt for prompt in [*data.val, *data.test]}.values())
         # numbers of their own: an answer and its opponent are independent draws
         sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-        if not self.trainer.global_step:
+        if not self.trainer.global_step and not self.restored:
             self.sample(self.policy, prompts, k, sampling, identity, folder)
         for trajectory in load(folder / cache_key(self.started_from, prompts, k, sampling, identity)):
             self.opponents.setdefault(trajectory.prompt_id, []).append(trajectory)
@@ -260,15 +260,17 @@ class Iterative(Preference):
 
     def begin_evaluation(self, k: int) -> None:
         super().begin_evaluation(k)
-        if self.opponents:
-            self.evaluation = GameEvaluation(self, self.evaluation, max(1, k))
+        data = self.trainer.datamodule
+        self.oracle.to(self.device)
+        self._meet_opponents(data.identity, data.cache)
+        self.evaluation = GameEvaluation(self, self.evaluation, max(1, k))
 
     def judge(self, batch: PreferenceBatch) -> None:
         """Whether the implicit reward orders held-out pairs as their labels do; they have no win rates for a loss."""
         with torch.no_grad():
             compared = self.compare(batch)
             found = Preference.report(self, compared, batch["label"])
-        self.evaluation.add(len(batch["label"]), pair_accuracy=found["rewards/accuracy"])
+        self.evaluation.add(float(len(batch["label"])), pair_accuracy=found["rewards/accuracy"])
 
     # Going on
 
