@@ -21,7 +21,7 @@ def first_of_each_kind(tournaments: list) -> list:
 
 @torch.no_grad()
 def circles(judge: EmbeddingJudge, tournaments: list) -> Figure:
-    """Where the answers to a prompt lie in each plane: those a right angle ahead win."""
+    """Where the answers to a prompt lie in each plane: one beats those up to half a turn ahead, counter-clockwise."""
     shown = first_of_each_kind(tournaments)
     embedded = [judge.represent(t.prompt_ids, t.answers) for t in shown]
     planes = embedded[0].vectors.shape[-1] // 2
@@ -30,15 +30,15 @@ def circles(judge: EmbeddingJudge, tournaments: list) -> Figure:
     )
     for column, (tournament, (vectors, scale)) in enumerate(zip(shown, embedded)):
         points = vectors[0].unflatten(1, (-1, 2)).cpu()
+        reach = 1.15 * max(1.0, float(points.abs().max()))
         for plane in range(planes):
             axis, weight = axes[plane, column], 1.0 if scale is None else float(scale[0, plane])
             axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="lightgray"))
             axis.scatter(*points[:, plane].T, s=12)
             for name, point in zip(tournament.names, points[:, plane]):
                 axis.annotate(name, point.tolist(), fontsize=7)
-            axis.set(aspect="equal", xticks=[], yticks=[])
+            axis.set(aspect="equal", xticks=[], yticks=[], xlim=(-reach, reach), ylim=(-reach, reach))
             axis.set_title(f"{tournament.kind}, plane {plane + 1}: lambda {weight:.2f}", fontsize=8, loc="left")
-            axis.margins(0.15)
     return figure
 
 
