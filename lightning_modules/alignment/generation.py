@@ -97,31 +97,6 @@ def generate(
             yield position, samples[row * k : (row + 1) * k]
 
 
-@torch.inference_mode()
-def likelihoods(
-    policy: Policy, prompts: list[list[int]], answers: list[list[int]], batch_rows: int = 4096
-) -> Float[Tensor, "prompt answer"]:
-    """Log-probabilities (nats, float32) of every one of some short answers to every prompt, each computed once."""
-    lengths = torch.tensor([len(answer) for answer in answers])
-    steps = torch.tensor([answer + [0] * (int(lengths.max()) - len(answer)) for answer in answers])
-    found = torch.empty(len(prompts), len(answers))
-    with _evaluating(policy):
-        for group in batches([len(prompt) for prompt in prompts], len(answers), batch_rows):
-            decoder = _Decoder(policy)
-            tokens = steps.repeat(len(group), 1).to(decoder.device)
-            logits = decoder.prefill([prompts[i] for i in group], policy.tokenizer.pad_token_id, len(answers))
-            values = [_of(logits, tokens[:, 0])]
-            for step in range(1, tokens.shape[1]):
-                values.append(_of(decoder.step(tokens[:, step - 1]), tokens[:, step]))
-            said = torch.arange(tokens.shape[1]) < lengths[:, None]
-            found[group] = (torch.stack(values, 1).cpu().unflatten(0, (len(group), -1)) * said).sum(-1)
-    return found
-
-
-def _of(logits: Float[Tensor, "row vocabulary"], tokens: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
-    return logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-
-
 def batches(lengths: list[int], k: int, batch_rows: int) -> list[list[int]]:
     """Positions in order of length, cut so that a batch has at most `batch_rows` responses (at least one prompt)."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)

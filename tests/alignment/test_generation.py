@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from lightning_modules.alignment.generation import Sampling, batches, draw, generate, likelihoods
+from lightning_modules.alignment.generation import Sampling, batches, draw, generate
 from lightning_modules.alignment.policies import tiny
 from lightning_modules.alignment.policy import Policy
-from lightning_modules.alignment.rollout import score_responses
 from lightning_modules.alignment.tiny_tokenizer import tiny_tokenizer
 
 TRUNCATED = Sampling(temperature=0.7, top_p=0.9, top_k=16, max_new=30, seed=3)
@@ -240,11 +239,3 @@ def test_training_mode_and_global_random_state_are_left_as_they_were(policy):
     run(policy, ragged(2), 1, Sampling(max_new=3))
     assert policy.training
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_likelihoods_of_listed_answers_are_those_of_the_training_forward():
-    policy = tiny(width=16, layers=2, heads=2, hidden=16, context=128)
-    prompts, answers = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3]], [[4], [5, 6, 7], [8, 9]]
-    found = likelihoods(policy, prompts, answers, batch_rows=6)
-    expected = score_responses(policy, [(prompt, answer) for prompt in prompts for answer in answers])
-    assert found.flatten().tolist() == pytest.approx([sum(values) for values in expected], abs=1e-5)

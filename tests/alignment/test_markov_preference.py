@@ -139,7 +139,8 @@ def chance(state, i, rival, j) -> float:
 
 
 def test_whole_conversations_are_held_against_those_of_the_starting_policy(tmp_path):
-    made = method(optimizer=functools.partial(torch.optim.SGD, lr=0.0))
+    evaluation = {"k": 40, "temperature": 1.0, "top_p": 1.0, "max_new": 8, "seed": 0, "batch_rows": 64}
+    made = method(optimizer=functools.partial(torch.optim.SGD, lr=0.0), evaluation=evaluation)
     trainer = play(made, tmp_path, validated=1.0)
     for prompt in trainer.datamodule.test:
         for answer, line in made.opponents[prompt.id]:
@@ -149,11 +150,11 @@ def test_whole_conversations_are_held_against_those_of_the_starting_policy(tmp_p
             assert line.text.count("\n\nHuman: " + prompt.script[0]) == len(line.replies) - 1
     trainer.test(made, datamodule=trainer.datamodule, verbose=False)
     found = {name.removeprefix("test-standin/"): float(value) for name, value in trainer.callback_metrics.items()}
-    assert found["win_rate"] == pytest.approx(0.5, abs=0.25)
+    assert found["win_rate"] == pytest.approx(0.5, abs=0.15)
     assert found["exploitability_prompts"] == 2
     # hardly anything that it says is well formed: the best response wins both turns
     assert found["exploitability"] == pytest.approx(1.0, abs=1e-3)
-    again = method()
+    again = method(evaluation=evaluation)
     opponents = made.opponents
     play(again, tmp_path, resume=max((tmp_path / "run/checkpoints").glob("step-*.ckpt")))
     assert again.opponents == opponents
