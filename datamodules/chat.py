@@ -126,6 +126,10 @@ class Chat(L.LightningDataModule):
         """Tokens of a conversation up to where the assistant's next reply begins."""
         return self.template.prompt(messages)
 
+    def encode_replies(self, messages: Sequence[Message], replies: Sequence[str]) -> list[list[int]]:
+        """Tokens of replies to a conversation, each with the token that ends it."""
+        return self.template.encode(messages, replies)[1]
+
     def _prompts(self, part: str) -> list[Prompt]:
         """Every prompt of a part once, whatever the number of its replies; `gold` is the best one that is known."""
         rows = {(row.messages, row.script): row for row in reversed(self._to_answer(part))}

@@ -9,7 +9,8 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from datamodules.batches import Message, Prompt
@@ -47,6 +48,11 @@ class Reply:
 
     name: int
     worth: int
+
+
+Chances = Callable[[list[tuple[Message, ...]]], list[list[float]]]
+# how likely (the reply in the turn before, the reply) are
+Played = Mapping[tuple[Reply | None, Reply], float]
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,54 @@ class GamePreference:
         counts = range(1, self.things + 1)
         endings = itertools.chain.from_iterable(itertools.product(THINGS, repeat=count) for count in counts)
         return [" ".join([name, *things]) for things in endings for name in NAMES]
+
+    def exploitability(self, messages: Sequence[Message], script: Sequence[str], chances: Chances) -> float:
+        """How many turns the best response to a policy wins above half of them: 0 for a Nash policy, exact.
+
+        `messages` are the user's first turn, and `chances` the policy's probabilities of all `replies()` in each of
+        some conversations up to a turn of the user. What they lack of 1 is malformed, and goes on malformed. The work
+        is the number of replies to the power of the number of turns.
+        """
+        users, plays = (messages[-1].content, *script), self._plays(messages, script, chances)
+        value: dict[int | None, float] = {}
+        for turn in reversed(range(len(users))):
+            before = [Reply(name, 0) for name in range(len(NAMES))] if turn else [None]
+            rewards = {
+                (own, action): self._against(plays[turn], own, action)
+                for own, action in itertools.product(before, self.classes(users[turn]))
+            }
+            following, value = value, {}
+            for (own, action), reward in rewards.items():
+                name = own.name if own else None
+                value[name] = max(value.get(name, 0.0), reward + following.get(action.name, 0.0))
+        return value[None] - len(users) / 2
+
+    def _against(self, played: Played, own: Reply | None, action: Reply) -> float:
+        """The mean outcome of a reply, `own` being the one in the turn before."""
+        return sum(
+            chance * self.stage(action, reply, None if own is None else (own, before))
+            for (before, reply), chance in played.items()
+        )
+
+    def _plays(self, messages: Sequence[Message], script: Sequence[str], chances: Chances) -> list[Played]:
+        """What a policy plays in every turn."""
+        replies, malformed = self.replies(), Reply(MALFORMED, 0)
+        reached: list[tuple[tuple[Message, ...], Reply | None, float]] = [(tuple(messages), None, 1.0)]
+        plays = []
+        for user, following in itertools.zip_longest((messages[-1].content, *script), script):
+            read = [self.read(user, reply) for reply in replies]
+            played: Counter[tuple[Reply | None, Reply]] = Counter()
+            going_on = []
+            for (said, before, reach), shares in zip(reached, chances([said for said, _, _ in reached])):
+                for reply, now, share in zip(replies, read, shares):
+                    played[before, now] += reach * share
+                    if following is not None:
+                        after = (*said, Message("assistant", reply), Message("user", following))
+                        going_on.append((after, now, reach * share))
+            played[malformed, malformed] += 1 - sum(played.values())
+            plays.append(played)
+            reached = going_on
+        return plays
 
     def classes(self, user: str) -> dict[Reply, list[str]]:
         """All well-formed replies to that turn of the user, by what counts of them: the actions of the exact game."""

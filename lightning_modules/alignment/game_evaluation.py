@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.batches import Prompt
+from lightning_modules.alignment.conversation import Line, begun, to_the_end
 from lightning_modules.alignment.generation import Sample
 from lightning_modules.alignment.labelling import cut_off_loses
 from lightning_modules.alignment.rollout import score_responses
@@ -17,9 +18,10 @@ from lightning_modules.alignment.win_rate import WinRate
 class GameEvaluation:
     """What the data measures anyway (`usual`), and the win rate of `k` sampled answers under the method's oracle.
 
-    Against as many answers of the starting policy, drawn independently; an answer that was cut off loses.
+    Against as many answers of the starting policy, drawn independently; an answer that was cut off loses. Where the
+    user has a script, whole conversations are compared, each side with its own replies between the user's turns.
     `kl_from_start` is KL(start || policy) per answer (nats), estimated without bias on the starting policy's answers,
-    and `length_growth` the mean length of an answer over that of theirs.
+    and `length_growth` the mean length of an answer over that of theirs, both of the first turn.
     """
 
     def __init__(self, method: Any, usual: Any, k: int) -> None:
@@ -50,24 +52,31 @@ class GameEvaluation:
 
     def _wins(self, prompts: list[Prompt], drawn: list[list[Sample]]) -> Float[Tensor, " prompt"]:
         """The mean over its answers of the probability that one beats its opponent, for every prompt."""
-        rows = [
-            (prompt, sample, opponent)
-            for prompt, samples in zip(prompts, drawn)
-            for sample, opponent in zip(samples, self.method.opponents[prompt.id])
-        ]
-        ours = torch.tensor([sample.finished for _, sample, _ in rows])
-        theirs = torch.tensor([opponent.finished for _, _, opponent in rows])
-        judged = [row for row, both in zip(rows, (ours & theirs).tolist()) if both]
+        ours = self._to_the_end(prompts, drawn)
+        theirs = [line for prompt, _ in zip(prompts, drawn) for _, line in self.method.opponents[prompt.id][: self.k]]
+        ended = [torch.tensor([line.ended for line in lines]) for lines in (ours, theirs)]
+        judged = [pair for pair in zip(ours, theirs) if pair[0].ended and pair[1].ended]
         known = self.method.judging.prefer(
-            [prompt for prompt, _, _ in judged],
-            [self.method.text(sample) for _, sample, _ in judged],
-            [opponent.response for _, _, opponent in judged],
+            [one.start for one, _ in judged], [one.text for one, _ in judged], [other.text for _, other in judged]
         )
-        chances = torch.full((len(rows),), 0.5).masked_scatter(ours & theirs, known)
-        return cut_off_loses(chances, ours, theirs).unflatten(0, (len(prompts), -1)).mean(1)
+        chances = torch.full((len(ours),), 0.5).masked_scatter(ended[0] & ended[1], known)
+        return cut_off_loses(chances, *ended).unflatten(0, (len(prompts), -1)).mean(1)
+
+    def _to_the_end(self, prompts: list[Prompt], drawn: list[list[Sample]]) -> list[Line]:
+        """The conversations that go on from the answers, those of a prompt together."""
+
+        def reply(following: list[Prompt]) -> list[tuple[str, bool]]:
+            return [(self.method.text(sample), sample.finished) for (sample,) in self.method.answers(following, 1)]
+
+        lines = [
+            begun(prompt, number, self.method.text(sample), sample.finished)
+            for prompt, samples in zip(prompts, drawn)
+            for number, sample in enumerate(samples)
+        ]
+        return to_the_end(lines, self.method.trainer.datamodule, reply)
 
     def _drift(self, prompts: list[Prompt], drawn: list[list[Sample]]) -> None:
-        before = [self.method.opponents[prompt.id][0] for prompt in prompts]
+        before = [self.method.opponents[prompt.id][0][0] for prompt in prompts]
         now = score_responses(self.method.answering, [(t.prompt_ids, t.response_ids) for t in before])
         for trajectory, log_probs, samples in zip(before, now, drawn):
             self.kl.update(sum(trajectory.lp_ref) - sum(log_probs))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from datamodules.batches import Pair, PreferenceBatch, Prompt, Trajectory
 from lightning_modules.alignment import labelling
+from lightning_modules.alignment.conversation import Line, begun, to_the_end
 from lightning_modules.alignment.extrapolation import fitted_weights
 from lightning_modules.alignment.game_evaluation import GameEvaluation
 from lightning_modules.alignment.generation import Sampling
@@ -73,7 +74,7 @@ class Iterative(Preference):
         self.begun = 0  # iterations whose answers are or are being sampled
         self.answered_by = ""  # the fingerprint of the policy that answered last
         self.kept: dict[str, dict[str, Tensor]] = {}  # weights of other moments, whole and in float32
-        self.opponents: dict[str, list[Trajectory]] = {}
+        self.opponents: dict[str, list[tuple[Trajectory, Line]]] = {}
         self.sampled: dict[str, float] = {}
 
     def meet(self, data: Any) -> None:
@@ -245,17 +246,29 @@ class Iterative(Preference):
         return {**super().report(compared, label), **sampled}
 
     def _meet_opponents(self, identity: dict[str, Any], folder: Path) -> None:
-        """Answers of the policy that the run starts from to the held-out prompts, which later policies must beat."""
+        """What the policy that the run starts from says to the held-out prompts, which later policies must beat.
+
+        Each answer as it was sampled, and the conversation that goes on from it to the end of the script.
+        """
         if self.opponents:
             return
         data, k = self.trainer.datamodule, max(1, self.k)
         prompts = list({prompt.id: prompt for prompt in [*data.val, *data.test]}.values())
         # numbers of their own: an answer and its opponent are independent draws
         sampling = replace(self.sampling, seed=self.sampling.seed + 1)
-        if not self.trainer.global_step and not self.restored:
-            self.sample(self.policy, prompts, k, sampling, identity, folder)
-        for trajectory in load(folder / cache_key(self.started_from, prompts, k, sampling, identity)):
-            self.opponents.setdefault(trajectory.prompt_id, []).append(trajectory)
+
+        def answers(asked: list[Prompt], k: int) -> list[Trajectory]:
+            if not self.trainer.global_step and not self.restored:
+                self.sample(self.policy, asked, k, sampling, identity, folder)
+            return load(folder / cache_key(self.started_from, asked, k, sampling, identity))
+
+        def reply(asked: list[Prompt]) -> list[tuple[str, bool]]:
+            return [(t.response, t.finished) for t in answers(asked, 1)]
+
+        first, starts = answers(prompts, k), [prompt for prompt in prompts for _ in range(k)]
+        lines = [begun(start, t.sample, t.response, t.finished) for start, t in zip(starts, first)]
+        for trajectory, line in zip(first, to_the_end(lines, data, reply)):
+            self.opponents.setdefault(trajectory.prompt_id, []).append((trajectory, line))
         self.judging = Remembered(self.oracle, labels_folder(folder, self.oracle))
 
     def begin_evaluation(self, k: int) -> None:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from datamodules.batches import Message, Pair, Prompt, Trajectory
+from datamodules.batches import Pair, Prompt, Trajectory
 from lightning_modules.alignment import labelling
+from lightning_modules.alignment.conversation import Line, after, begun, to_the_end
 from lightning_modules.alignment.extrapolation import fitted_weights
 from lightning_modules.alignment.generation import Sampling
 from lightning_modules.alignment.iterative import SEEDS_APART, Iterative, with_weights
@@ -23,16 +24,23 @@ OPPONENTS = ("regenerate", "match")
 
 @dataclass(frozen=True)
 class State:
-    """A turn of a conversation: what was said before it, K answers to that, and each with what follows it, as text.
+    """A turn of a conversation: what was said before it, K answers to that, and each with what follows it.
 
-    `ended` says of which of them no reply was cut off by the length limit. `left` are the turns from here to the end.
+    `left` are the turns from here to the end.
     """
 
     prompt: Prompt
     answers: list[Trajectory]
-    texts: list[str]
-    ended: list[bool]
+    lines: list[Line]
     left: int
+
+    @property
+    def texts(self) -> list[str]:
+        return [line.text for line in self.lines]
+
+    @property
+    def ended(self) -> list[bool]:
+        return [line.ended for line in self.lines]
 
 
 @dataclass(frozen=True)
@@ -111,38 +119,26 @@ class MarkovPreference(Iterative):
         while prompts:
             found = self._states(prompts, sampler, identity, folder)
             states += found
-            prompts = [self._after(state.prompt, state.answers[0], "") for state in found if state.prompt.script]
+            prompts = [self._after(state.prompt, state.answers[0]) for state in found if state.prompt.script]
         return states
 
     def _states(self, prompts: list[Prompt], sampler: Sampler, identity: dict[str, Any], folder: Path) -> list[State]:
         """K answers in every state, and with `rollout` one continuation of each to the end of the script."""
         k = self.rollouts["k"]
         answers = self._answers(prompts, k, sampler, identity, folder)
-        groups = [answers[i : i + k] for i in range(0, len(answers), k)]
-        lines = [([t], prompt) for prompt, group in zip(prompts, groups) for t in group]
-        if self.returns == "rollout":
-            lines = self._continued(lines, sampler, identity, folder)
         starts = [prompt for prompt in prompts for _ in range(k)]
-        texts = [_text([t.response for t in said], start.script) for (said, _), start in zip(lines, starts)]
-        ended = [all(t.finished for t in said) for said, _ in lines]
-        return [
-            State(prompt, group, texts[i * k : i * k + k], ended[i * k : i * k + k], 1 + len(prompt.script))
-            for i, (prompt, group) in enumerate(zip(prompts, groups))
-        ]
+        lines = [begun(start, t.sample, t.response, t.finished) for start, t in zip(starts, answers)]
+        if self.returns == "rollout":
 
-    def _continued(
-        self, lines: list[tuple[list[Trajectory], Prompt]], sampler: Sampler, identity: dict[str, Any], folder: Path
-    ) -> list[tuple[list[Trajectory], Prompt]]:
-        """Lines of a conversation (what was answered so far, to which prompt last) until no script is left."""
-        open_ = [i for i, (_, prompt) in enumerate(lines) if prompt.script]
-        if not open_:
-            return lines
-        following = [self._after(lines[i][1], lines[i][0][-1], f"/{lines[i][0][-1].sample}") for i in open_]
-        answers = self._answers(following, 1, sampler, identity, folder)
-        made = list(lines)
-        for i, prompt, answer in zip(open_, following, answers):
-            made[i] = ([*lines[i][0], answer], prompt)
-        return self._continued(made, sampler, identity, folder)
+            def reply(following: list[Prompt]) -> list[tuple[str, bool]]:
+                said = self._answers(following, 1, sampler, identity, folder)
+                return [(t.response, t.finished) for t in said]
+
+            lines = to_the_end(lines, self.trainer.datamodule, reply)
+        return [
+            State(prompt, answers[at : at + k], lines[at : at + k], 1 + len(prompt.script))
+            for at, prompt in zip(range(0, len(lines), k), prompts)
+        ]
 
     def _answers(
         self, prompts: list[Prompt], k: int, sampler: Sampler, identity: dict[str, Any], folder: Path
@@ -151,17 +147,17 @@ class MarkovPreference(Iterative):
             self.sample(sampler.policy, prompts, k, sampler.sampling, identity, folder)
         return load(folder / cache_key(sampler.weights, prompts, k, sampler.sampling, identity))
 
-    def _after(self, prompt: Prompt, answer: Trajectory, branch: str) -> Prompt:
-        """The prompt of the next turn: the answer, and what the user says whatever it was."""
-        said = Message("assistant", answer.response), Message("user", prompt.script[0])
-        messages = (*prompt.messages, *said)
-        ids, longest = self.trainer.datamodule.encode_messages(messages), self.trainer.datamodule.max_prompt
-        if len(ids) > longest:
+    def _after(self, prompt: Prompt, answer: Trajectory) -> Prompt:
+        """The prompt of the next turn. Raises ValueError where it is too long."""
+        data = self.trainer.datamodule
+        following, longest = after(prompt, answer.response, "", data), data.max_prompt
+        if len(following.ids) > longest:
             raise ValueError(
-                f"conversation {prompt.id}: with its answers the prompt of turn {len(messages) // 2 + 1} is {len(ids)} "
-                f"tokens long, over data.max_prompt={longest}: raise that, or lower rollouts.max_new"
+                f"conversation {prompt.id}: with its answers the prompt of turn {len(following.messages) // 2 + 1} is "
+                f"{len(following.ids)} tokens long, over data.max_prompt={longest}: raise that, or lower "
+                "rollouts.max_new"
             )
-        return Prompt(f"{prompt.id}{branch}>", prompt.script[0], prompt.gold, ids, messages, prompt.script[1:])
+        return following
 
     # Values
 
@@ -251,9 +247,3 @@ def _by_turn(states: list[State]) -> list[list[Prompt]]:
     for state in states:
         turns.setdefault(len(state.prompt.messages), []).append(state.prompt)
     return list(turns.values())
-
-
-def _text(replies: list[str], script: tuple[str, ...]) -> str:
-    """Replies and the user's turns between them, as the oracles of conversations read them."""
-    later = (f"\n\nHuman: {user}\n\nAssistant: {reply}" for user, reply in zip(script, replies[1:]))
-    return "".join([replies[0], *later])

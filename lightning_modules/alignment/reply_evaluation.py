@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from datamodules.batches import Prompt
+from lightning_modules.alignment.exploitability import Exploitability
 from lightning_modules.alignment.generation import Sample
 from lightning_modules.alignment.win_rate import WinRate
 
@@ -15,7 +16,9 @@ class ReplyEvaluation:
     """Means over held-out pairs, and in the test `k` sampled replies to every held-out prompt.
 
     Where the data knows its true `preference` and a reply to compare with (`Prompt.gold`), `win_rate` is the mean
-    probability that a sampled reply is better.
+    probability that a sampled reply is better. Where that preference is a game, `exploitability` says how many turns
+    the best response to a small policy wins above half of them, on the mean over `exploitability_prompts`: in the test,
+    and for a method that plays games in validation as well.
     """
 
     def __init__(self, method: Any, k: int) -> None:
@@ -27,9 +30,12 @@ class ReplyEvaluation:
         self.means: dict[str, MeanMetric] = {}
         self.lengths, self.finished = MeanMetric().to(method.device), MeanMetric().to(method.device)
         self.win_rate = WinRate().to(method.device)
+        self.exploitability = Exploitability(method) if k or method.labels else None
 
     def answer(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
         """Reply to the prompts, in the test only; what was said, as rows of samples.jsonl."""
+        if self.exploitability is not None:
+            self.exploitability.update(prompts)
         drawn = self.method.answers(prompts, self.k) if self.k else []
         return [self._reply(prompt, samples) for prompt, samples in zip(prompts, drawn)]
 
@@ -47,6 +53,8 @@ class ReplyEvaluation:
         if self.k and self.preference is not None:
             low, high = self.win_rate.interval()
             values |= {"win_rate": self.win_rate.compute(), "win_rate_low": low, "win_rate_high": high}
+        if self.exploitability is not None:
+            values |= self.exploitability.results()
         return values
 
     def _reply(self, prompt: Prompt, samples: list[Sample]) -> dict[str, Any]:

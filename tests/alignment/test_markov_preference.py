@@ -68,7 +68,7 @@ class Graded(Preference):
             yield row, torch.sigmoid(torch.tensor(other - one)).item()
 
 
-def play(method, tmp_path, until=None, resume=None) -> L.Trainer:
+def play(method, tmp_path, until=None, resume=None, validated=0) -> L.Trainer:
     """Train to the end, or leave with a checkpoint of step `until`."""
 
     class Leave(L.Callback):
@@ -80,7 +80,7 @@ def play(method, tmp_path, until=None, resume=None) -> L.Trainer:
         accelerator="cpu", devices=1, max_steps=ITERATIONS * EACH, logger=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=tmp_path / "run", use_distributed_sampler=False,
         callbacks=[Newest(tmp_path / "run" / "checkpoints", 1, 0, Stop()), Leave()], num_sanity_val_steps=0,
-        limit_val_batches=0,
+        limit_val_batches=validated, check_val_every_n_epoch=1,
     )  # fmt: skip
     data = conversations(tmp_path)
     method.meet(data)
@@ -136,6 +136,28 @@ def chance(state, i, rival, j) -> float:
     if state.ended[i] and rival.ended[j]:
         return next(Graded().compare([state.prompt], [state.texts[i]], [rival.texts[j]]))[1]
     return (1 + state.ended[i] - rival.ended[j]) / 2
+
+
+def test_whole_conversations_are_held_against_those_of_the_starting_policy(tmp_path):
+    evaluation = {"k": 40, "temperature": 1.0, "top_p": 1.0, "max_new": 8, "seed": 0, "batch_rows": 64}
+    made = method(optimizer=functools.partial(torch.optim.SGD, lr=0.0), evaluation=evaluation)
+    trainer = play(made, tmp_path, validated=1.0)
+    for prompt in trainer.datamodule.test:
+        for answer, line in made.opponents[prompt.id]:
+            assert line.replies[0] == answer.response
+            whole = line.ended and len(line.replies) == 2
+            assert whole or not line.ended
+            assert line.text.count("\n\nHuman: " + prompt.script[0]) == len(line.replies) - 1
+    trainer.test(made, datamodule=trainer.datamodule, verbose=False)
+    found = {name.removeprefix("test-standin/"): float(value) for name, value in trainer.callback_metrics.items()}
+    assert found["win_rate"] == pytest.approx(0.5, abs=0.15)
+    assert found["exploitability_prompts"] == 2
+    # hardly anything that it says is well formed: the best response wins both turns
+    assert found["exploitability"] == pytest.approx(1.0, abs=1e-3)
+    again = method(evaluation=evaluation)
+    opponents = made.opponents
+    play(again, tmp_path, resume=max((tmp_path / "run/checkpoints").glob("step-*.ckpt")))
+    assert again.opponents == opponents
 
 
 @pytest.mark.parametrize(

@@ -174,3 +174,48 @@ def test_settings_that_cannot_be_are_refused(changes, reason):
 def test_prompts_of_others_are_refused():
     with pytest.raises(ValueError, match="no turn of the stand-in's game"):
         GamePreference()(prompt("What is the time?"), "Tom coins", "Ana coins")
+
+
+def plays(*by_turn, malformed=0.0):
+    """A policy that says each name as often in every conversation of a turn, with things at random."""
+
+    def chances(conversations):
+        game = GamePreference()
+        found = []
+        for said in conversations:
+            shares = by_turn[len(said) // 2]
+            names = [game.read(said[-1].content, reply).name for reply in game.replies()]
+            found.append([(1 - malformed) * shares[name] / names.count(name) for name in names])
+        return found
+
+    return chances
+
+
+THIRDS, NASH = (1 / 3, 1 / 3, 1 / 3), ((1 / 2, 1 / 6, 1 / 3), (1 / 2, 1 / 4, 1 / 4))
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (plays(*NASH), 0.0),
+        (plays(THIRDS, THIRDS), 0.175),
+        (plays((4 / 9, 2 / 9, 1 / 3), NASH[1]), 2 / 45),
+        (plays(THIRDS, THIRDS, malformed=1.0), 1.0),
+    ],
+)
+def test_exploitability_of_the_two_turns_is_that_of_rps2(policy, expected):
+    found = GamePreference(cyclic=1.0).exploitability(prompt(USER).messages, (THEN,), policy)
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_who_says_the_wanted_thing_only_cannot_be_exploited_where_things_are_all_that_counts():
+    game = GamePreference(cyclic=0.0)
+
+    def best(conversations):
+        return [
+            [float(reply == "Tom " + " ".join([wanted] * 2)) for reply in game.replies()]
+            for wanted in (("coins", "cards")[len(said) // 2] for said in conversations)
+        ]
+
+    assert game.exploitability(prompt(USER).messages, (THEN,), best) == pytest.approx(0, abs=1e-12)
+    assert game.exploitability(prompt(USER).messages, (), plays(THIRDS)) > 0.2
