@@ -92,6 +92,11 @@ class Chat(L.LightningDataModule):
         """What the rows are: digests of the files, or the generator's parameters."""
         return self.source.fingerprint
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides about sampled answers beside prompts, policy and sampler."""
+        return {"data": self.fingerprint, "template": self.template.template}
+
     # From text to tokens
 
     @property
@@ -208,8 +213,7 @@ class Chat(L.LightningDataModule):
 
     def _compared(self) -> DataLoader:
         if self.method.labels:
-            identity = {"data": self.fingerprint, "template": self.template.template}
-            self.pairs = self.method.iterate(self._prompts("train"), identity, self.cache)
+            self.pairs = self.method.iterate(self._prompts("train"), self.identity, self.cache)
         else:
             self.pairs = self.pairs or self._with_reference(self._given_pairs("train"))
         rows = [(pair.prompt_ids, [*pair.responses[0], *pair.responses[1]], pair) for pair in self.pairs]

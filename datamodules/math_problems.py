@@ -199,7 +199,7 @@ class MathProblems(L.LightningDataModule):
 
     def _pairs(self) -> DataLoader:
         if self.method.labels:
-            self.pairs = self.method.iterate(self._prompts("prompts"), self._identity(), self.cache)
+            self.pairs = self.method.iterate(self._prompts("prompts"), self.identity, self.cache)
         else:
             self.trajectories = self.method.keep(self._trajectories())
             self.pairs = preference_pairs(self.trajectories, self.seed)
@@ -219,12 +219,13 @@ class MathProblems(L.LightningDataModule):
         if self.responses:
             trajectories = self._scored(self.responses)
         else:
-            trajectories = self.method.rollout(self._prompts("prompts"), self._identity(), self.cache)
+            trajectories = self.method.rollout(self._prompts("prompts"), self.identity, self.cache)
         if self.method.imitates_solutions:
             trajectories = [*trajectories, *self._scored([self._given(problem) for problem in self.parts["prompts"]])]
         return self._with_step_rewards([t for t in trajectories if t.response_ids])
 
-    def _identity(self) -> dict[str, str]:
+    @property
+    def identity(self) -> dict[str, str]:
         """What decides about sampled answers beside prompts, policy and sampler."""
         return {"data": self.fingerprint, "scorer": self.scorer.version, "template": self.template}
 

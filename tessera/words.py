@@ -50,10 +50,20 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def phase(words: list[str], user: list[str]) -> list[str]:
-    """The words of a run that prepares or compares: the user's shared words, then its own."""
+    """The words of a run that prepares or compares: the user's shared words, then its own.
+
+    Games that are compared have the same oracle, unless their own words choose one.
+    """
     shared = [word for word in user if _root(word) not in OWN and word.partition("=")[0] != "resume"]
     never = [word for word in user if word == "resume=never"]
+    judged = [word for word in user if _of_oracle(word)]
+    if judged and not any(map(_of_oracle, words)) and "oracle" in compose(words)[0].model:
+        shared += judged
     return [*words, *shared, *never, "compare=null"]
+
+
+def _of_oracle(word: str) -> bool:
+    return _root(word) == "oracle" or word.lstrip("+~").startswith("model.oracle.")
 
 
 def _root(word: str) -> str:

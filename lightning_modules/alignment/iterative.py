@@ -258,7 +258,7 @@ class Iterative(Preference):
         sampling = replace(self.sampling, seed=self.sampling.seed + 1)
 
         def answers(asked: list[Prompt], k: int) -> list[Trajectory]:
-            if not self.trainer.global_step:
+            if not self.trainer.global_step and not self.restored:
                 self.sample(self.policy, asked, k, sampling, identity, folder)
             return load(folder / cache_key(self.started_from, asked, k, sampling, identity))
 
@@ -273,8 +273,10 @@ class Iterative(Preference):
 
     def begin_evaluation(self, k: int) -> None:
         super().begin_evaluation(k)
-        if self.opponents:
-            self.evaluation = GameEvaluation(self, self.evaluation, max(1, k))
+        data = self.trainer.datamodule
+        self.oracle.to(self.device)
+        self._meet_opponents(data.identity, data.cache)
+        self.evaluation = GameEvaluation(self, self.evaluation, max(1, k))
 
     def judge(self, batch: PreferenceBatch) -> None:
         """Whether the implicit reward orders held-out pairs as their labels do; they have no win rates for a loss."""
@@ -291,6 +293,7 @@ class Iterative(Preference):
         checkpoint["iterative"] = {**state, "kept": kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.restored = True
         state = checkpoint["iterative"]
         self.begun, self.answered_by = state["begun"], state["answered_by"]
         self.started_from = state["started_from"]

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import platform
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -409,8 +410,8 @@ def _warn(summary: dict[str, Any], cache: Path) -> None:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Complete or absent, also after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Complete or absent, also after a power cut and where another run writes the same."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

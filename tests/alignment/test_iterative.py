@@ -277,6 +277,19 @@ def test_the_win_rate_against_the_start_comes_with_an_interval_and_with_drift(tm
     assert trainer.callback_metrics["test-standin/win_rate"].item() == pytest.approx(mean, abs=1e-6)
 
 
+def test_a_test_alone_finds_the_win_rate_of_the_run_that_left_the_checkpoint(tmp_path):
+    trainer, _ = play(method := Iterative(**settings()), tmp_path)
+    trainer.test(method, datamodule=trainer.datamodule, verbose=False)
+    other, data = Iterative(**settings()), problems(tmp_path)
+    other.meet(data)
+    alone = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    path = tmp_path / f"run/checkpoints/step-{STEPS:06d}.ckpt"
+    alone.test(other, datamodule=data, ckpt_path=path, verbose=False, weights_only=True)
+    for name in ("test-standin/win_rate", "test-standin/kl_from_start"):
+        assert alone.callback_metrics[name] == trainer.callback_metrics[name]
+    assert alone.callback_metrics["test-standin/kl_from_start"].abs() > 0
+
+
 def test_a_policy_that_does_not_move_wins_as_often_as_it_loses(tmp_path):
     still = functools.partial(torch.optim.SGD, lr=0.0)
     method = Iterative(**settings(optimizer=still, evaluation=settings()["evaluation"] | {"k": 40}))

@@ -72,6 +72,15 @@ def test_a_run_that_prepares_takes_the_shared_words_and_leaves_the_methods_own()
     assert compose(phase(["model=sft"], user))[0].trainer.max_steps == 7
 
 
+def test_games_that_are_compared_have_the_users_oracle():
+    user = ["model=apo", "oracle=gpm", "model.oracle.export=outputs/judge", "model.alpha=0.5"]
+    judged = user[1:3]
+    assert phase(["model=iterative_dpo"], user) == ["model=iterative_dpo", *judged, "compare=null"]
+    assert compose(phase(["model=iterative_dpo"], user))[0].model.oracle.export == "outputs/judge"
+    assert phase(["model=sft"], user) == ["model=sft", "compare=null"]
+    assert phase(["model=sppo", "oracle=known"], user) == ["model=sppo", "oracle=known", "compare=null"]
+
+
 def test_a_policy_sets_the_sizes_that_suit_it_and_an_experiment_overrules_it():
     small = compose(["policy=smollm2"])[0]
     assert (small.rollouts.k, small.evaluation.k, small.data.batch_size) == (2, 2, 4)
