@@ -226,7 +226,8 @@ def test_the_loss_of_a_judge_is_that_of_its_scores(loss):
 
 def tournaments(tmp_path, **changes) -> Tournaments:
     settings = {
-        "tournaments": {"cycle": [1, 3], "random": [1, 4]}, "strength": 4.0, "label": "hard", "pairs": 1000, "held_out": 60, "limit": None,
+        "tournaments": {"cycle": [1, 3], "random": [1, 4]}, "strength": 4.0, "label": "hard", "pairs": 1000,
+        "held_out": 60, "limit": None,
         "batch_size": 32, "max_prompt": 64, "max_response": 64, "seed": 1, "workers": 0, "download": False,
         "cache": str(tmp_path),
     }  # fmt: skip
