@@ -226,18 +226,20 @@ def test_the_loss_of_a_judge_is_that_of_its_scores(loss):
 
 def tournaments(tmp_path, **changes) -> Tournaments:
     settings = {
-        "tournaments": {"cycle": [1, 3]}, "strength": 4.0, "label": "hard", "pairs": 600, "held_out": 60, "limit": None,
+        "tournaments": {"cycle": [1, 3], "random": [1, 4]}, "strength": 4.0, "label": "hard", "pairs": 1000,
+        "held_out": 60, "limit": None,
         "batch_size": 32, "max_prompt": 64, "max_response": 64, "seed": 1, "workers": 0, "download": False,
         "cache": str(tmp_path),
     }  # fmt: skip
     return Tournaments(**settings | changes)
 
 
-def fitted(kind, data: Tournaments, tmp_path, steps: int = 100) -> tuple[PreferenceModel, dict]:
+def fitted(kind, data: Tournaments, tmp_path, steps: int = 150) -> tuple[PreferenceModel, dict]:
+    torch.manual_seed(1)  # a balanced cycle begins at a saddle, which not every start leaves in time
     method = PreferenceModel(
         small_policy(),
         kind,
-        functools.partial(torch.optim.AdamW, lr=8e-3, weight_decay=0.0),
+        functools.partial(torch.optim.AdamW, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0),
         functools.partial(warmup_cosine, warmup=10),
     )
     trainer = L.Trainer(
@@ -254,8 +256,8 @@ def test_planes_say_a_cycle_that_no_scalar_can_and_the_export_is_an_oracle(tmp_p
     plane = functools.partial(EmbeddingHead, dim=2, normalise=False, gate=False)
     data = tournaments(tmp_path)
     method, found = fitted(functools.partial(EmbeddingJudge, head=plane, tau=1.0), data, tmp_path)
-    assert found["test-standin/pair_accuracy"] > 0.99
-    assert found["test-standin/pair_accuracy_low"] < 1
+    assert found["test-standin/pair_accuracy/cycle"] > 0.99
+    assert found["test-standin/pair_accuracy/cycle_low"] < 1
     assert {"accuracy", "score_matrices", "embeddings"} == method.figures().keys()
     method.export(tmp_path / "export")
     oracle = load(tmp_path / "export")
@@ -272,8 +274,8 @@ def test_planes_say_a_cycle_that_no_scalar_can_and_the_export_is_an_oracle(tmp_p
 
     scalar = functools.partial(EmbeddingJudge, head=BT, tau=1.0)
     _, found = fitted(scalar, tournaments(tmp_path), tmp_path)
-    assert data.ceilings == {"cycle": 2 / 3}
-    assert found["test-standin/pair_accuracy"] < 2 / 3 + 0.01
+    assert data.ceilings["cycle"] == 2 / 3
+    assert found["test-standin/pair_accuracy/cycle"] < 2 / 3 + 0.01
 
 
 def test_subsets_are_reported_each_and_those_of_rewardbench_by_section():
