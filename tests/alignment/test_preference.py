@@ -19,7 +19,14 @@ from lightning_modules.alignment.reply_evaluation import ReplyEvaluation
 from lightning_modules.alignment.rollout import score_responses
 from lightning_modules.alignment.sft import SFT
 from lightning_modules.optimizers.schedules import warmup_constant
-from tests.alignment.test_methods import fit, make, problems, random_outcomes, small_policy  # noqa: F401
+from tests.alignment.test_methods import (  # noqa: F401
+    fit,
+    generated_problems,
+    make,
+    problems,
+    random_outcomes,
+    small_policy,
+)
 from tests.parity import ANSWERS, curve, residuals, train
 
 DPO = functools.partial(pairwise.dpo, beta=0.1)

@@ -20,7 +20,7 @@ from lightning_modules.optimizers.schedules import warmup_constant
 from tessera.compose import compose
 
 CONF = Path(__file__).parents[2] / "conf" / "optimizer"
-OPTIMIZERS = sorted(path.stem for path in CONF.glob("*.yaml"))
+OPTIMIZERS = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "none")
 CONSTANT = functools.partial(warmup_constant, warmup=1)
 
 
