@@ -106,7 +106,7 @@ def command(words: list[str]) -> str:
 
 PANELS = {
     "loss": r"loss$",
-    "held-out": r"(greedy|auc|pair_accuracy|win_rate)$",
+    "held-out": r"(greedy|auc|pair_accuracy|win_rate|beats_data)$",
     "log-probability of a response": r"logps/",
     "reward": r"rewards/(chosen|rejected)$",
     "sum of log ratios": r"log_ratio",

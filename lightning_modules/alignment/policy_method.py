@@ -93,7 +93,7 @@ class PolicyMethod(Method):
         """What is measured depends on whether the data can check an answer."""
         super().meet(data)
         if data.scorer is None:
-            shares = dict.fromkeys(("pair_accuracy", "win_rate", "unfinished_rate"), per_cent)
+            shares = dict.fromkeys(("pair_accuracy", "beats_data", "unfinished_rate"), per_cent)
             self.headline = self.unchecked
             self.columns = {**shares, **dict.fromkeys(("margin", "loss", "mean_length"), "{:.3g}".format)}
             self.caption = "held-out pairs and replies, shares in per cent, 95 % bootstrap intervals over prompts"

@@ -15,7 +15,7 @@ from lightning_modules.alignment.win_rate import WinRate
 class ReplyEvaluation:
     """Means over held-out pairs, and in the test `k` sampled replies to every held-out prompt.
 
-    Where the data knows its true `preference` and a reply to compare with (`Prompt.gold`), `win_rate` is the mean
+    Where the data knows its true `preference` and a reply to compare with (`Prompt.gold`), `beats_data` is the mean
     probability that a sampled reply is better. Where that preference is a game, `exploitability` says how many turns
     the best response to a small policy wins above half of them, on the mean over `exploitability_prompts`: in the test,
     and for a method that plays games in validation as well.
@@ -29,7 +29,7 @@ class ReplyEvaluation:
         self.preference = getattr(data, "preference", None) if comparable else None
         self.means: dict[str, MeanMetric] = {}
         self.lengths, self.finished = MeanMetric().to(method.device), MeanMetric().to(method.device)
-        self.win_rate = WinRate().to(method.device)
+        self.over_data = WinRate().to(method.device)
         self.exploitability = Exploitability(method) if k or method.labels else None
 
     def answer(self, prompts: list[Prompt]) -> list[dict[str, Any]]:
@@ -46,13 +46,13 @@ class ReplyEvaluation:
             mean.update(value.detach().float(), weight)
 
     def results(self, stage: str) -> dict[str, float | Tensor]:
-        """All means, and the win rate with its interval; every process calls it."""
+        """All means, and the share won against the data with its interval; every process calls it."""
         values: dict[str, float | Tensor] = {name: mean.compute() for name, mean in self.means.items()}
         if self.k:
             values |= {"mean_length": self.lengths.compute(), "unfinished_rate": 1 - self.finished.compute()}
         if self.k and self.preference is not None:
-            low, high = self.win_rate.interval()
-            values |= {"win_rate": self.win_rate.compute(), "win_rate_low": low, "win_rate_high": high}
+            low, high = self.over_data.interval()
+            values |= {"beats_data": self.over_data.compute(), "beats_data_low": low, "beats_data_high": high}
         if self.exploitability is not None:
             values |= self.exploitability.results()
         return values
@@ -67,5 +67,5 @@ class ReplyEvaluation:
             return said
         wins = [float(self.preference(prompt, text, prompt.gold)) for text in texts]
         index = torch.tensor([self.method.trainer.datamodule.index(prompt)])
-        self.win_rate.update(torch.tensor([sum(wins) / len(wins)]), index)
+        self.over_data.update(torch.tensor([sum(wins) / len(wins)]), index)
         return said | {"other": prompt.gold, "wins": wins}
