@@ -5,34 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
-from datamodules.batches import (
-    Message,
-    PackedPreferenceBatch,
-    Pair,
-    PreferenceBatch,
-    Prompt,
-    PromptBatch,
-    TokenBatch,
-)
+from datamodules.batches import Message, Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch
 from datamodules.chat_sets import find_conversations
 from datamodules.chat_templates import ChatTemplate
-from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch
+from datamodules.collation import preference_batch, token_batch
 from datamodules.conversations import Conversation, Defect, Ledger
-from datamodules.loaders import prompt_loader, training_loader
-from datamodules.pair_packing import packed_preference_batch
+from datamodules.loaders import prompt_loader
+from datamodules.policy_data import PolicyData, say
 
-PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 ROWS_AT_ONCE = 16  # held-out rows of a batch
 TURNS = ("script", "last")
 
 Encoded = tuple[Conversation, list[int], list[list[int]]]  # with the tokens of its prompt and of its replies
 
 
-class Chat(L.LightningDataModule):
+class Chat(PolicyData):
     """Conversations as the method asks for them.
 
     The rows are read when the module is made, so that a bad file is refused before a model is loaded. `TokenBatch` is
@@ -81,7 +70,7 @@ class Chat(L.LightningDataModule):
         self.name, self.standin, self.preference = self.source.name, self.source.standin, self.source.preference
         self.parts = {part: _first_openings(rows, limit) for part, rows in self.source.parts.items()}
         if not self.parts["test"]:
-            _say(f"{self.source.origin} has too few rows for a test: the validation rows are tested")
+            say(f"{self.source.origin} has too few rows for a test: the validation rows are tested")
             self.parts["test"] = self.parts["val"]
         self.pairs: list[Pair] = []
         self.subsets = _subsets([*self.parts["val"], *self.parts["test"]])
@@ -99,22 +88,11 @@ class Chat(L.LightningDataModule):
 
     # From text to tokens
 
-    @property
-    def method(self) -> Any:
-        """The method that the trainer holds."""
-        return self.trainer.lightning_module
-
     def setup(self, stage: str) -> None:
-        policy = self.method.policy
-        if padded_length(self.max_prompt + self.max_response, self.multiple) > policy.context:
-            raise ValueError(
-                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} (padded to a multiple of "
-                f"{self.multiple}) exceed the policy's context of {policy.context} tokens: lower them to fit"
-            )
-        if self.packed and stage == "fit":
-            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
-        self.pad = policy.tokenizer.pad_token_id
-        self.template = ChatTemplate(policy.tokenizer, self.template_name, policy.stop_ids)
+        self.check_room(self.max_prompt, self.max_response)
+        if stage == "fit":
+            self.check_packing()
+        self.template = ChatTemplate(self.tokenizer, self.template_name, self.method.policy.stop_ids)
         self.val, self.test = self._prompts("val"), self._prompts("test")
         self._index = {prompt.id: number for part in (self.val, self.test) for number, prompt in enumerate(part)}
 
@@ -165,7 +143,7 @@ class Chat(L.LightningDataModule):
                 kept.append(encoded)
         if counts := dropped + ledger.counts:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in counts.items())
-            _say(f"{self.name}: {counts.total()} of {len(rows)} {what} left out: {reasons}")
+            say(f"{self.name}: {counts.total()} of {len(rows)} {what} left out: {reasons}")
         return kept
 
     def _encode(self, row: Conversation, replies: Sequence[str]) -> Encoded:
@@ -192,8 +170,7 @@ class Chat(L.LightningDataModule):
         return {TokenBatch: self._imitated, PreferenceBatch: self._compared}[self.method.batch_type]()
 
     def _imitated(self) -> DataLoader:
-        rows = self._better_replies("train")
-        return training_loader(rows, self._token_batch, self.trainer, self.batch_size, self.seed, self.workers)
+        return self.training(self._better_replies("train"), self.token_batch)
 
     def _better_replies(self, part: str) -> list[tuple[list[int], list[int]]]:
         """(prompt, reply) tokens; a tie has no better reply."""
@@ -205,26 +182,13 @@ class Chat(L.LightningDataModule):
             )
         return [(ids, replies[_better(row)]) for row, ids, replies in self._encoded(f"{part} replies", rows)]
 
-    def _token_batch(self, rows: Sequence[tuple[list[int], list[int]]], share: float) -> TokenBatch:
-        if self.packed:
-            room = min(PACKED_ROW, self.method.policy.context)
-            return packed_batch(rows, self.pad, share, self.multiple, room)
-        return token_batch(rows, self.pad, share, self.multiple)
-
     def _compared(self) -> DataLoader:
         if self.method.labels:
             self.pairs = self.method.iterate(self._prompts("train"), self.identity, self.cache)
         else:
             self.pairs = self.pairs or self._with_reference(self._given_pairs("train"))
         rows = [(pair.prompt_ids, [*pair.responses[0], *pair.responses[1]], pair) for pair in self.pairs]
-        return training_loader(rows, self._pair_batch, self.trainer, self.batch_size, self.seed, self.workers)
-
-    def _pair_batch(self, rows: Sequence[tuple], share: float) -> PreferenceBatch | PackedPreferenceBatch:
-        pairs = [row[2] for row in rows]
-        if self.packed:
-            room = min(PACKED_ROW, self.method.policy.context)
-            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
-        return preference_batch(pairs, self.pad, share, self.multiple)
+        return self.training(rows, lambda chosen, share: self.pair_batch([row[2] for row in chosen], share))
 
     def _given_pairs(self, part: str, subset: str | None = None) -> list[Pair]:
         """The pairs of a part, the better reply first."""
@@ -236,7 +200,7 @@ class Chat(L.LightningDataModule):
             )
         decided = [row for row in rows if row.label != 0.5 or not self.drop_ties]
         if len(decided) < len(rows):
-            _say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {part} pairs are ties: left out")
+            say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {part} pairs are ties: left out")
         return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
@@ -306,7 +270,3 @@ def _pair(row: Conversation, prompt: list[int], replies: list[list[int]]) -> Pai
 
 def _cut(rows: list[Any]) -> list[list[Any]]:
     return [rows[i : i + ROWS_AT_ONCE] for i in range(0, len(rows), ROWS_AT_ONCE)]
-
-
-def _say(text: str) -> None:
-    rank_zero_warn(text, category=UserWarning)

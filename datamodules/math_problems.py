@@ -6,34 +6,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from datamodules.answers import BoxedAnswer, NumberAnswer
-from datamodules.batches import (
-    PackedPreferenceBatch,
-    Pair,
-    PreferenceBatch,
-    Prompt,
-    PromptBatch,
-    TokenBatch,
-    Trajectory,
-    TrajectoryBatch,
-)
-from datamodules.collation import packed_batch, padded_length, preference_batch, token_batch, trajectory_batch
-from datamodules.loaders import prompt_loader, training_loader
-from datamodules.pair_packing import packed_preference_batch
+from datamodules.batches import Pair, PreferenceBatch, Prompt, PromptBatch, TokenBatch, Trajectory, TrajectoryBatch
+from datamodules.collation import trajectory_batch
+from datamodules.loaders import prompt_loader
+from datamodules.policy_data import PolicyData, say
 from datamodules.problems import Problem, find, strip_annotations
 from datamodules.process_reward import annotation_rewards
 from datamodules.trajectories import Response, read_trajectories
 
-PACKED_ROW = 512  # tokens of a packed row: longer ones save no padding, and dense attention costs their square
 PROCESS_REWARDS = ("none", "annotation", "mc")
 PAIRS_PER_PROMPT = 6  # OREO, arXiv 2412.16145, appendix A
 
 
-class MathProblems(L.LightningDataModule):
+class MathProblems(PolicyData):
     """Problems, worked solutions, and the policy's own scored answers, as the method asks for them.
 
     The rows are read when the module is made, so that a bad file is refused before a model is loaded. `TokenBatch` is
@@ -81,7 +69,7 @@ class MathProblems(L.LightningDataModule):
         self.name, self.standin = self.source.name, self.source.standin
         self.parts = {part: rows[:limit] for part, rows in self.source.parts.items()}
         if not self.parts["test"]:
-            _say(f"{self.source.origin} has no test problems: the validation problems are tested")
+            say(f"{self.source.origin} has no test problems: the validation problems are tested")
             self.parts["test"] = self.parts["val"]
         self.responses, self.held_out_responses = self._offline(trajectories, limit)
         self.trajectories: list[Trajectory] = []
@@ -106,33 +94,16 @@ class MathProblems(L.LightningDataModule):
         before = len(self.parts["test"])
         self.parts["test"] = [row for row in self.parts["test"] if row.question not in learned]
         if len(self.parts["test"]) < before:
-            _say(f"{before - len(self.parts['test'])} of {before} test problems are in {file}: they are not tested")
+            say(f"{before - len(self.parts['test'])} of {before} test problems are in {file}: they are not tested")
         chosen = [response for response in responses if response.prompt_id in set(problems)]
         return _split(chosen, lambda response: response.prompt_id in held_out)
 
     # From text to tokens
 
-    @property
-    def method(self) -> Any:
-        """The method that the trainer holds."""
-        return self.trainer.lightning_module
-
-    @property
-    def tokenizer(self) -> Any:
-        """Of the policy."""
-        return self.method.policy.tokenizer
-
     def setup(self, stage: str) -> None:
-        room = self.method.policy.context
-        if padded_length(self.max_prompt + self.max_response, self.multiple) > room:
-            raise ValueError(
-                f"data.max_prompt={self.max_prompt} and data.max_response={self.max_response} (padded to a multiple of "
-                f"{self.multiple}) exceed the policy's context of {room} tokens: lower them to fit"
-            )
-        if self.packed and stage == "fit":
-            policy = self.method.policy
-            (policy.check_sharing if self.method.batch_type is PreferenceBatch else policy.check_packing)()
-        self.pad = self.tokenizer.pad_token_id
+        self.check_room(self.max_prompt, self.max_response)
+        if stage == "fit":
+            self.check_packing()
         self.val = self._prompts("val")
         self.test = self._prompts("test")
         self._index = {prompt.id: number for part in (self.val, self.test) for number, prompt in enumerate(part)}
@@ -143,17 +114,7 @@ class MathProblems(L.LightningDataModule):
 
     def encode_prompt(self, question: str) -> list[int]:
         """Tokens of a problem: through the model's chat template when it has one, else the plain template."""
-        text = self.template.format(question=question)
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(text, add_special_tokens=True)
-        turn = [{"role": "user", "content": text.strip()}]
-        # the template writes the special tokens itself: tokenised as they stand, a second BOS cannot creep in
-        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
-
-    def encode_response(self, text: str) -> list[int]:
-        """Tokens of a solution, the end token last: stopping is an action like any other."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        return self.encode_turn(self.template.format(question=question))
 
     def _prompts(self, part: str) -> list[Prompt]:
         prompts = [Prompt(r.id, r.question, r.gold, self.encode_prompt(r.question)) for r in self.parts[part]]
@@ -164,7 +125,7 @@ class MathProblems(L.LightningDataModule):
                 f"data.max_prompt={self.max_prompt}: raise that, or leave such problems out with data.on_error=skip"
             )
         if long:
-            _say(f"{len(long)} of {len(prompts)} {part} problems exceed data.max_prompt={self.max_prompt}: left out")
+            say(f"{len(long)} of {len(prompts)} {part} problems exceed data.max_prompt={self.max_prompt}: left out")
         return fitting
 
     # Training
@@ -181,19 +142,13 @@ class MathProblems(L.LightningDataModule):
         ]
         fitting, long = _split(rows, lambda row: len(row[0]) > self.max_prompt or len(row[1]) > self.max_response)
         if long:
-            _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
-        return self._loader(fitting, self._token_batch)
-
-    def _token_batch(self, rows: list[tuple[list[int], list[int]]], share: float) -> TokenBatch:
-        if self.packed:
-            room = min(PACKED_ROW, self.method.policy.context)
-            return packed_batch(rows, self.pad, share, self.multiple, room)
-        return token_batch(rows, self.pad, share, self.multiple)
+            say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
+        return self.training(fitting, self.token_batch)
 
     def _answers(self) -> DataLoader:
         self.trajectories = self.method.keep(self._trajectories())
         rows = [(t.prompt_ids, t.response_ids, t) for t in self.trajectories]
-        return self._loader(
+        return self.training(
             rows, lambda chosen, share: trajectory_batch([row[2] for row in chosen], self.pad, share, self.multiple)
         )
 
@@ -204,16 +159,7 @@ class MathProblems(L.LightningDataModule):
             self.trajectories = self.method.keep(self._trajectories())
             self.pairs = preference_pairs(self.trajectories, self.seed)
         rows = [(pair.prompt_ids, max(pair.responses, key=len), pair) for pair in self.pairs]
-        return self._loader(rows, lambda chosen, share: self._preference_batch([row[2] for row in chosen], share))
-
-    def _preference_batch(self, pairs: list[Pair], share: float) -> PreferenceBatch | PackedPreferenceBatch:
-        if self.packed:
-            room = min(PACKED_ROW, self.method.policy.context)
-            return packed_preference_batch(pairs, self.pad, share, self.multiple, room)
-        return preference_batch(pairs, self.pad, share, self.multiple)
-
-    def _loader(self, rows: Sequence[tuple], cook: Callable[[list[tuple], float], Any]) -> DataLoader:
-        return training_loader(rows, cook, self.trainer, self.batch_size, self.seed, self.workers)
+        return self.training(rows, lambda chosen, share: self.pair_batch([row[2] for row in chosen], share))
 
     def _trajectories(self) -> list[Trajectory]:
         if self.responses:
@@ -245,7 +191,7 @@ class MathProblems(L.LightningDataModule):
             rows, lambda t: len(t.prompt_ids) > self.max_prompt or len(t.response_ids) > self.max_response
         )
         if long:
-            _say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
+            say(f"{len(long)} of {len(rows)} solutions exceed data.max_prompt or data.max_response: left out")
         return self.method.with_log_probs(fitting, self.cache)
 
     def _with_step_rewards(self, trajectories: list[Trajectory]) -> list[Trajectory]:
@@ -298,7 +244,3 @@ def _pair(right: Trajectory, wrong: Trajectory) -> Pair:
 
 def _split(rows: Sequence[Any], apart: Callable[[Any], bool]) -> tuple[list[Any], list[Any]]:
     return [row for row in rows if not apart(row)], [row for row in rows if apart(row)]
-
-
-def _say(text: str) -> None:
-    rank_zero_warn(text, category=UserWarning)

@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from datamodules.batches import Pair, PreferenceBatch, Prompt
-from datamodules.collation import padded_length, preference_batch
-from datamodules.steps import FromStep, StepIndexed
+from datamodules.collation import padded_length
+from datamodules.policy_data import PolicyData
 
 LABELS = ("hard", "soft", "sampled")
 BRUTE_FORCE = 7  # items of which all orders are tried
@@ -112,7 +111,7 @@ class Generated:
     origin: str = "symbolic tournaments"
 
 
-class Tournaments(L.LightningDataModule):
+class Tournaments(PolicyData):
     """Pairs of short answers in tournaments of several kinds, `{kind: [how many, items in each]}`.
 
     Kinds are cycle, order, dominant (a cycle below an item that beats it) and random. Training labels are `hard` (1 or
@@ -175,23 +174,13 @@ class Tournaments(L.LightningDataModule):
 
     # From items to tokens
 
-    @property
-    def method(self) -> Any:
-        """The method that the trainer holds."""
-        return self.trainer.lightning_module
-
-    @property
-    def tokenizer(self) -> Any:
-        """Of the method's trunk."""
-        return self.method.policy.tokenizer
-
     def setup(self, stage: str) -> None:
         wordings = [(name, thing) for name in NAMES for thing in THINGS]
         random.Random(self.seed).shuffle(wordings)
         parts = {"train": wordings[:36], "val": wordings[36:42], "test": wordings[42:]}
         rng, self._tokens = random.Random(self.seed), {}
         for tournament in self.tournaments:
-            tournament.prompt_ids = self._encode_prompt(PROMPT.format(number=tournament.number))
+            tournament.prompt_ids = self.encode_turn(PROMPT.format(number=tournament.number))
             tournament.answers = [self._encode(item, parts["val"][0]) for item in range(len(tournament.log_odds))]
         self.parts = {
             part: {kind: self._sampled(kind, part, rng, parts[part]) for kind in self.kinds} for part in parts
@@ -203,18 +192,10 @@ class Tournaments(L.LightningDataModule):
                 f"{self.method.policy.context}: take a policy with more"
             )
 
-    def _encode_prompt(self, text: str) -> list[int]:
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(text, add_special_tokens=True)
-        turn = [{"role": "user", "content": text.strip()}]
-        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(rendered, add_special_tokens=False)
-
     def _encode(self, item: int, wording: tuple[str, str]) -> list[int]:
         if (item, wording) not in self._tokens:
             text = WORDING.format(name=wording[0], item=item, thing=wording[1])
-            ids = self.tokenizer.encode(text, add_special_tokens=False)
-            self._tokens[item, wording] = [*ids, self.tokenizer.eos_token_id]
+            self._tokens[item, wording] = self.encode_response(text)
         return self._tokens[item, wording]
 
     def _sampled(self, kind: str, part: str, rng: random.Random, wordings: Sequence[tuple[str, str]]) -> list[Pair]:
@@ -252,19 +233,8 @@ class Tournaments(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         self.pairs = self.method.with_reference(self._all("train"), self.cache)
-        lengths = [sum(map(len, pair.responses)) for pair in self.pairs]
-        batches = StepIndexed(
-            lengths=[len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in self.pairs],
-            tokens=lengths,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            cook=lambda rows, share: self._batch([self.pairs[row] for row in rows], share),
-            rank=self.trainer.global_rank,
-            world=self.trainer.world_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-        )
-        sampler = FromStep(batches, lambda: self.trainer.global_step)
-        return DataLoader(batches, batch_size=None, sampler=sampler, num_workers=self.workers)
+        rows = [(pair.prompt_ids, max(pair.responses, key=len), pair) for pair in self.pairs]
+        return self.training(rows, lambda chosen, share: self.pair_batch([row[2] for row in chosen], share))
 
     def val_dataloader(self) -> list[DataLoader]:
         return self._judged("val")
@@ -277,11 +247,8 @@ class Tournaments(L.LightningDataModule):
         loaders = []
         for pairs in self.parts[part].values():
             cut = [pairs[i : i + PAIRS_AT_ONCE] for i in range(0, len(pairs), PAIRS_AT_ONCE)]
-            loaders.append(DataLoader([self._batch(some, 1.0) for some in cut], batch_size=None))
+            loaders.append(DataLoader([self.pair_batch(some, 1.0) for some in cut], batch_size=None))
         return loaders
-
-    def _batch(self, pairs: list[Pair], share: float) -> PreferenceBatch:
-        return preference_batch(pairs, self.tokenizer.pad_token_id, share)
 
     def preference(self, prompt: Prompt, first: str, second: str) -> float:
         """The exact P(first beats second)."""

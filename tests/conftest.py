@@ -1,6 +1,8 @@
 """Every public shape is checked while the tests run: jaxtyping annotations through beartype, free at run time."""
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,21 @@ def _environment_given_back():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def told(monkeypatch, capfd) -> Callable[..., tuple[int, str]]:
+    """`told("model=sft", ...)` is `train.py` in this process: its exit status and what stood on stderr."""
+    import train
+
+    def told(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        capfd.readouterr()
+        status = 0
+        try:
+            train.main()
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, capfd.readouterr().err
+
+    return told

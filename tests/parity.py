@@ -12,14 +12,20 @@ ANSWERS = ROOT / "tests" / "data" / "main_job_answers.jsonl"
 MAX, MEAN = 1e-3, 1e-5  # nats
 
 
-def train(output: Path, *words: str) -> None:
-    """`train.py` as a user calls it, on a machine without data and without a network."""
+def launched(output: Path, *words: str) -> Path:
+    """`train.py` as a user calls it, on a machine without data and without a network; `output` again."""
     environment = {name: value for name, value in os.environ.items() if name != "TESSERA_DATA"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "train.py"), "data=gsm8k", "compare=null", *words, f"output={output}"]
-    command += ["stages=[fit]", "trainer.val_check_interval=0", "trainer.log_every_n_steps=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *words, f"output={output}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
+    return output
+
+
+def train(output: Path, *words: str) -> None:
+    """A fit on word problems with every step in its metrics."""
+    every_step = ("stages=[fit]", "trainer.val_check_interval=0", "trainer.log_every_n_steps=1")
+    launched(output, "data=gsm8k", "compare=null", *words, *every_step)
 
 
 def curve(output: Path, method: str, column: str = "train/loss") -> list[float]:

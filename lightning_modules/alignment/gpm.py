@@ -149,8 +149,3 @@ class PreferenceModel(Method):
             head = sharding.unsharded(head, lambda: judges.new_head(head.settings, self.policy.width))
         if self.trainer.is_global_zero:
             judges.export(self.judge.about, policy, head, folder)
-
-
-def load(folder: str | Path) -> Judge:
-    """An exported judge: `prefer`, `score` and `table` of text."""
-    return judges.load(folder)

@@ -20,6 +20,7 @@ from datamodules.batches import Prompt
 from lightning_modules.alignment.policies import pretrained
 from lightning_modules.alignment.policy import Policy, fingerprint, folder_at_once
 from lightning_modules.alignment.preference_embedding import cross_entropy, scalar_embedding, score, score_matrix
+from lightning_modules.alignment.rollout import padded
 
 HEAD, ABOUT = "head.safetensors", "judge.json"  # of an exported judge, beside its trunk
 ROWS_AT_ONCE = 32  # answers in one pass of the trunk when a judge is asked as an oracle
@@ -407,11 +408,5 @@ def _laid_out(
     rows: Sequence[tuple[list[int], Sequence[list[int]]]], policy: Policy
 ) -> tuple[Int[Tensor, "batch answers length"], Bool[Tensor, "batch answers length-1"]]:
     """(ids, mask) of answers side by side, right-padded, on the policy's device."""
-    width = max(len(prompt) + len(answer) for prompt, answers in rows for answer in answers)
-    ids = torch.full((len(rows), len(rows[0][1]), width), policy.tokenizer.pad_token_id)
-    mask = torch.zeros(len(rows), len(rows[0][1]), width - 1, dtype=torch.bool)
-    for i, (prompt, answers) in enumerate(rows):
-        for j, answer in enumerate(answers):
-            ids[i, j, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            mask[i, j, len(prompt) - 1 : len(prompt) + len(answer) - 1] = True
-    return ids.to(policy.device), mask.to(policy.device)
+    ids, mask = padded([(prompt, answer) for prompt, answers in rows for answer in answers], policy)
+    return ids.unflatten(0, (len(rows), -1)), mask.unflatten(0, (len(rows), -1))

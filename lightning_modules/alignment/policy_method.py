@@ -181,13 +181,7 @@ class PolicyMethod(Method):
     ) -> None:
         self._evaluate(batch)
 
-    def test_step(
-        self,
-        batch: PromptBatch | TrajectoryBatch | PreferenceBatch | TokenBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._evaluate(batch)
+    test_step = validation_step
 
     def on_predict_epoch_start(self) -> None:
         self.begin_evaluation(self.k)

@@ -343,7 +343,7 @@ def score_responses(policy: Policy | AdapterOff, pairs: list[tuple[list[int], li
     size = max(1, TOKENS_AT_ONCE // longest)
     result: list[list[float]] = [[] for _ in pairs]
     for rows in (order[start : start + size] for start in range(0, len(order), size)):
-        ids, mask = _padded([pairs[row] for row in rows], policy)
+        ids, mask = padded([pairs[row] for row in rows], policy)
         log_probs = policy(ids, mask).log_probs.cpu()
         for row, values in zip(rows, log_probs):
             prompt, response = pairs[row]
@@ -351,7 +351,7 @@ def score_responses(policy: Policy | AdapterOff, pairs: list[tuple[list[int], li
     return result
 
 
-def _padded(pairs: list[tuple[list[int], list[int]]], policy: Policy | AdapterOff) -> tuple[Tensor, Tensor]:
+def padded(pairs: list[tuple[list[int], list[int]]], policy: Policy | AdapterOff) -> tuple[Tensor, Tensor]:
     """Right-padded ids (batch, length) and the mask (batch, length - 1) of the predicted response tokens."""
     length = max(sum(map(len, pair)) for pair in pairs)
     ids = torch.full((len(pairs), length), policy.tokenizer.pad_token_id)

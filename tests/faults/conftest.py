@@ -34,19 +34,8 @@ def outputs(tmp_path) -> Path:
 
 
 @pytest.fixture
-def say(monkeypatch, capfd, outputs):
-    """`say("model=sft", ...)` in this process: the exit status and what stood on stderr."""
+def say(monkeypatch, told, outputs):
+    """`say("model=sft", ...)` is the smallest job in this process: the exit status and what stood on stderr."""
     monkeypatch.delenv("TESSERA_DATA", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def say(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"output={outputs}", *words])
-        capfd.readouterr()
-        status = 0
-        try:
-            train.main()
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, capfd.readouterr().err
-
-    return say
+    return lambda *words: told(*TINY, f"output={outputs}", *words)

@@ -24,19 +24,9 @@ JOB = (
 
 
 @pytest.fixture
-def say(monkeypatch, capfd, tmp_path):
+def say(told, tmp_path):
     """`say("data=rps", ...)` in this process: the exit status and what stood on stderr."""
-
-    def say(*words: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["train.py", f"output={tmp_path}", *words])
-        status = 0
-        try:
-            train.main()
-        except SystemExit as leaving:
-            status = leaving.code
-        return status, capfd.readouterr().err
-
-    return say
+    return lambda *words: told(f"output={tmp_path}", *words)
 
 
 def run_folder(output: Path) -> Path:
