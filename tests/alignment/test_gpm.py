@@ -13,16 +13,11 @@ from datamodules.batches import Message, Pair, Prompt
 from datamodules.collation import preference_batch
 from datamodules.tournaments import Tournaments
 from lightning_modules.alignment import policies
-from lightning_modules.alignment.gpm import PreferenceModel, load
-from lightning_modules.alignment.judges import (
-    EmbeddingHead,
-    EmbeddingJudge,
-    Gate,
-    PairwiseJudge,
-    RewardHead,
-    ended,
-    swap_averaged,
-)
+from lightning_modules.alignment.gpm import PreferenceModel
+from lightning_modules.alignment.judge_export import load
+from lightning_modules.alignment.judge_heads import EmbeddingHead, Gate, RewardHead
+from lightning_modules.alignment.judges import EmbeddingJudge, ended
+from lightning_modules.alignment.pairwise_judge import PairwiseJudge, swap_averaged
 from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.preference_embedding import cross_entropy, regression
 from lightning_modules.alignment.reward_bench import SUBSETS
