@@ -57,6 +57,10 @@ class PreferenceModel(Method):
         """The trunk, by the name that datamodules know."""
         return self.judge.policy
 
+    def length(self, prompt: int, answers: list[int]) -> int:
+        """Tokens of the longest sequence that is read of a pair, see `Judge.length`."""
+        return self.judge.length(prompt, answers)
+
     def networks(self) -> dict[str, nn.Module]:
         return self.judge.networks()
 

@@ -40,6 +40,10 @@ class Judge(nn.Module):
             "weights": {name: fingerprint(part.state_dict()) for name, part in self.networks().items()}
         }
 
+    def length(self, prompt: int, answers: Sequence[int]) -> int:
+        """Tokens of the longest sequence that the trunk reads, from those of a prompt and of two answers to it."""
+        return prompt + max(answers)
+
     def networks(self) -> dict[str, nn.Module]:
         """The parts that are trained, by name."""
         return {"policy": self.policy}

@@ -27,6 +27,9 @@ class PairwiseJudge(Judge):
             raise ValueError("PairPM answers with one token, and A or B is none of this policy's: take model=gpm")
         self.labels = [label[0] for label in labels]
 
+    def length(self, prompt: int, answers: Sequence[int]) -> int:
+        return prompt + sum(answers) + sum(map(len, self.pieces)) + 1  # the label that is asked for
+
     def logits(
         self, ids: Int[Tensor, "pair 2 length"], mask: Bool[Tensor, "pair 2 length-1"]
     ) -> Float[Tensor, "pair 2 vocabulary"]:

@@ -123,6 +123,14 @@ def test_left_padding_is_right_padding_where_positions_say_where_a_sequence_begi
     torch.testing.assert_close(padded.scale, plain.scale, **CLOSE)
 
 
+def test_pairpm_reads_as_many_tokens_of_a_pair_as_it_says():
+    judge = PairwiseJudge(small_policy())
+    ids, mask = torch.full((1, 2, 12), 7), torch.zeros(1, 2, 11, dtype=torch.bool)
+    mask[0, 0, 4:7], mask[0, 1, 4:11] = True, True
+    text, _ = judge._texts(ids[0].tolist(), mask[0].tolist())
+    assert len(text) + 1 == judge.length(5, [3, 7])
+
+
 @pytest.mark.parametrize("kind", ["gpm", "pairpm"])
 def test_a_table_of_k_answers_is_all_pairwise_calls(kind):
     judge = embedding_judge() if kind == "gpm" else PairwiseJudge(small_policy())
