@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float
 from scipy.ndimage import binary_dilation, generate_binary_structure, median_filter
 
 from datamodules.map_entries import Entry, check_same_grid
-from datamodules.mrc import MapFormatError, MapRecord, NoDensityError, read_map
-from datamodules.regridding import cubic_edge, grid_for, padded, resampled
+from datamodules.mrc import MapFormatError, MapRecord, read_map
+from datamodules.regridding import on_cube, padded
 from datamodules.structures import ENDINGS, structure_map
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 VERSION = 1  # raise it when what is made of a file changes
 TARGETS = ("map", "halves", "half2")
 SMALL_EDGE = 32  # below, a high percentile is the value of one voxel
-TINY_EDGE = 8
-ISOTROPIC = 2e-3  # largest relative difference of voxel sizes that counts as none
 EIGHTEEN = generate_binary_structure(3, 2)
 
 
@@ -62,13 +60,11 @@ class Processed:
 def process(entry: Entry, settings: Processing) -> Processed:
     """Read, check, resample, scale. Raises MapFormatError in one sentence."""
     records = _records(entry, settings)
-    grids, voxel_size = {}, 0.0
-    for name, record in records.items():
-        grids[name], voxel_size = on_cube(record, settings.voxel_size)
-    path = next(iter(records.values())).path
+    cubes = {name: on_cube(record, settings.voxel_size) for name, record in records.items()}
+    grids, first = {name: cube.voxels for name, cube in cubes.items()}, next(iter(cubes.values()))
     density = {"halves": lambda: (grids["half1"] + grids["half2"]) / 2, "half2": lambda: grids["half2"]}
     grids["density"] = grids.pop("map") if settings.target == "map" else density[settings.target]()
-    scale = scale_of(grids["density"], settings.percentile, path)
+    scale = scale_of(grids["density"], settings.percentile, first.path)
     for name in grids.keys() - {"mask"}:
         grids[name] = grids[name] / np.float32(scale)
     if settings.clip:
@@ -78,7 +74,7 @@ def process(entry: Entry, settings: Processing) -> Processed:
     level = settings.threshold if entry.contour is None or settings.target != "map" else entry.contour / scale
     edge = max(len(grids["density"]), 2 * settings.box)
     grids = {name: padded(grid, edge).astype(settings.precision) for name, grid in grids.items()}
-    return Processed({**grids, "occupied": near(grids["density"], level, settings.dilate)}, scale, voxel_size)
+    return Processed({**grids, "occupied": near(grids["density"], level, settings.dilate)}, scale, first.voxel_size)
 
 
 def _records(entry: Entry, settings: Processing) -> dict[str, MapRecord]:
@@ -113,34 +109,6 @@ def _record(path: Path, voxel_size: float | None, settings: Processing) -> MapRe
         allow_anisotropic=settings.allow_anisotropic,
         nan_policy=settings.nan_policy,
     )
-
-
-def on_cube(record: MapRecord, voxel_size: float) -> tuple[Float32[np.ndarray, "n n n"], float]:
-    """The map in a cube with an even edge about its centre, at the voxel size next to the one asked for, and that one.
-
-    Raises MapFormatError for a map that is no more than a few voxels.
-    """
-    voxels, sizes = record.voxels, record.voxel_sizes[::-1]
-    if max(sizes) / min(sizes) - 1 < ISOTROPIC:
-        voxels, sizes = padded(voxels, cubic_edge(voxels.shape)), (record.voxel_size,) * 3
-    grids = [grid_for(edge, size, voxel_size) for edge, size in zip(voxels.shape, sizes)]
-    true = [grid.voxel_size for grid in grids]
-    if max(true) / min(true) - 1 > ISOTROPIC:
-        raise NoDensityError(
-            record.path,
-            f"cannot be brought to cubic voxels of {voxel_size:g} A, only to {true}: change data.voxel_size",
-        )
-    if min(grid.size for grid in grids) < TINY_EDGE:
-        raise MapFormatError(
-            record.path, f"is {min(grid.size for grid in grids)} voxels of {true[0]:g} A wide, too little for a map: "
-            "lower data.voxel_size or leave it out"
-        )  # fmt: skip
-    if abs(true[0] / voxel_size - 1) > 1e-3:
-        log.warning("%s has %.5g A voxels where data.voxel_size=%g was asked for", record.path, true[0], voxel_size)
-    if record.voxel_size > 1.5 * voxel_size:
-        log.warning("%s has voxels of %.4g A: there is nothing finer in it", record.path, record.voxel_size)
-    cube = resampled(padded(voxels, [grid.padded for grid in grids]), [grid.size for grid in grids])
-    return padded(cube, cubic_edge(cube.shape)), sum(true) / 3
 
 
 def scale_of(density: Float[np.ndarray, "z y x"], percentile: float, path: Path | str) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import mrcfile
 import numpy as np
@@ -33,7 +32,7 @@ OTHER_MODES = {3: "a Fourier transform (complex int16)", 4: "a Fourier transform
 IMOD_STAMP, IMOD_PLACE, IMOD_SIGNED = 1146047817, 152, 1
 VOXEL_SIZES = (0.2, 20.0)  # angstrom: beyond that a header is taken for wrong
 WORKING_BYTES = 16  # a voxel needs of memory: as it is stored, as float32, and in a transform
-LARGEST_EDGE = 2**16
+LARGEST_EDGE, LARGEST_EXTENDED = 2**16, 2**26  # voxels, bytes
 NAN_POLICIES = ("error", "zero")
 
 
@@ -164,7 +163,7 @@ def available_memory() -> int:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a map, decompressed where they are gzip or bzip2 and no map as they are."""
     try:
         with path.open("rb") as file:
@@ -224,7 +223,7 @@ def _plausible(header: np.void) -> bool:
     return _has_mode(header) and all(0 < edge < LARGEST_EDGE for edge in _shape(header))
 
 
-def _check_size(path: Path, stream: BinaryIO, header: np.void, memory: int) -> None:
+def _check_size(path: Path, stream: io.BufferedIOBase, header: np.void, memory: int) -> None:
     """Refuse by the header alone what is no density, does not fit into the memory or into the file."""
     shape, mode, extended = _shape(header), int(header["mode"]), int(header["nsymbt"])
     if not _has_mode(header):
@@ -234,7 +233,7 @@ def _check_size(path: Path, stream: BinaryIO, header: np.void, memory: int) -> N
     size = " x ".join(map(str, shape))
     if not all(0 < edge < LARGEST_EDGE for edge in shape):
         raise MapFormatError(path, f"has {size} voxels by its header, which is damaged: download it again")
-    if extended < 0:
+    if not 0 <= extended <= LARGEST_EXTENDED:
         raise MapFormatError(path, f"has an extended header of {extended} bytes by its header, which is damaged")
     if shape[2] == 1:
         raise NoDensityError(path, f"is an image of {size} pixels: give a volume")
@@ -264,7 +263,7 @@ def _check_stack(path: Path, header: np.void) -> None:
         )
 
 
-def _data(path: Path, stream: BinaryIO, found: list[str]) -> np.ndarray:
+def _data(path: Path, stream: io.BufferedIOBase, found: list[str]) -> np.ndarray:
     """The voxels as mrcfile reads them, with what it says about them."""
     stream.seek(0)
     with warnings.catch_warnings(record=True) as said:

@@ -2,16 +2,20 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.fft
 from jaxtyping import Float, Float32
 
+from datamodules.mrc import MapFormatError, MapRecord, NoDensityError
+
 log = logging.getLogger(__name__)
 
 TOLERANCE = 1e-3  # of the voxel size, for which a map is padded by up to `PADDING` of its edge
 PADDING = 1.25
+ISOTROPIC = 2e-3  # largest relative difference of voxel sizes that counts as none
+TINY_EDGE = 8
 EXACT_EDGE = 128  # up to here transforms are computed in float64
 
 
@@ -41,6 +45,50 @@ def grid_for(edge: int, voxel_size: float, target: float) -> Grid:
 def _grid(edge: int, padded: int, voxel_size: float, target: float) -> Grid:
     size = max(2, 2 * round(padded * voxel_size / target / 2))
     return Grid(edge, padded, size, padded * voxel_size / size)
+
+
+def on_cube(record: MapRecord, voxel_size: float) -> MapRecord:
+    """The map in a cube with an even edge about the same centre, at the voxel size next to the one asked for.
+
+    Raises MapFormatError for a map that is no more than a few voxels wide.
+    """
+    grids = _grids(record, voxel_size)
+    true = [grid.voxel_size for grid in grids]
+    if max(true) / min(true) - 1 > ISOTROPIC:
+        raise NoDensityError(
+            record.path,
+            f"cannot be brought to cubic voxels of {voxel_size:g} A, only to {true}: change data.voxel_size",
+        )
+    mean = sum(true) / 3
+    if (smallest := min(grid.size for grid in grids)) < TINY_EDGE:
+        raise MapFormatError(
+            record.path, f"is {smallest} voxels of {mean:.4g} A wide, too little for a map: lower data.voxel_size"
+        )
+    if abs(mean / voxel_size - 1) > TOLERANCE:
+        log.warning("%s gets voxels of %.5g A, the next that its box allows to %g", record.path, mean, voxel_size)
+    if record.voxel_size > 1.5 * voxel_size:
+        log.warning("%s has voxels of %.4g A: there is nothing finer in it", record.path, record.voxel_size)
+    sizes = [grid.size for grid in grids]
+    cube = padded(resampled(padded(record.voxels, [grid.padded for grid in grids]), sizes), cubic_edge(sizes))
+    moved = zip(record.offset, record.voxel_sizes, record.voxels.shape[::-1])
+    x, y, z = (offset + size * (edge // 2) - mean * (len(cube) // 2) for offset, size, edge in moved)
+    return replace(record, voxels=cube, voxel_sizes=(mean,) * 3, origin=(x, y, z), nstart=(0, 0, 0))
+
+
+def back_from_cube(cube: MapRecord, record: MapRecord, voxel_size: float) -> MapRecord:
+    """What `on_cube(record, voxel_size)` made, or what became of it, on the grid and in the place of `record`."""
+    grids = _grids(record, voxel_size)
+    inner = padded(cube.voxels, [grid.size for grid in grids])
+    voxels = padded(resampled(inner, [grid.padded for grid in grids]), record.voxels.shape)
+    return replace(record, voxels=voxels)
+
+
+def _grids(record: MapRecord, target: float) -> list[Grid]:
+    """One for each axis, z first; all the same where voxels are cubes."""
+    shape, sizes = record.voxels.shape, record.voxel_sizes[::-1]
+    if max(sizes) / min(sizes) - 1 < ISOTROPIC:
+        return [replace(grid_for(cubic_edge(shape), record.voxel_size, target), edge=edge) for edge in shape]
+    return [grid_for(edge, size, target) for edge, size in zip(shape, sizes)]
 
 
 def pads(edge: int, size: int) -> tuple[int, int]:
