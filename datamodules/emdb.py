@@ -83,6 +83,7 @@ class EMDB(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _check(locals())
+        voxel_size = float(voxel_size)  # 3 is the same map as 3.0
         self.voxel_size, self.box, self.batch_size, self.seed, self.workers = voxel_size, box, batch_size, seed, workers
         self.crops_per_map, self.eval_crops, self.on_error = crops_per_map, eval_crops, on_error
         self.cropping = Cropping(box, rotation, shift, occupied_fraction)
@@ -240,6 +241,8 @@ class EMDB(L.LightningDataModule):
         return self._whole("test")
 
     def _whole(self, part: str) -> DataLoader:
+        if not self.parts[part]:
+            raise ValueError(f"{self.source.origin} has no map of the split {part}: name one in the manifest")
         world = self.trainer.world_size
         crops = EvalCrops(
             Cook(self.parts[part], self.normalisation),

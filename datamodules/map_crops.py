@@ -5,7 +5,7 @@ Axes are z, y, x. What is random about a cube is a function of the seed and of i
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ ROTATIONS = ("none", "cube24", "so3")
 STREAMS = {"train": 0, "measure": 1, "val": 2, "test": 3}
 
 
+@runtime_checkable
 class Volume(Protocol):
     """A processed map. `grids` has `density` over `scale`, and where known `half1`, `half2`, `mask`, of one shape."""
 

@@ -203,7 +203,7 @@ def check_same_grid(first: MapRecord, second: MapRecord) -> None:
 
 
 def divided(entries: Sequence[Entry], fractions: Sequence[float], seed: int) -> dict[str, list[Entry]]:
-    """Entries by part: as the manifest says, else whole clusters in a seeded order, one at least for val and for test.
+    """Entries by part: as the manifest says, else whole clusters in a seeded order, at least one of them in each part.
 
     Raises ValueError when there are too few clusters, or one of them is in two parts of a manifest.
     """
@@ -217,8 +217,9 @@ def divided(entries: Sequence[Entry], fractions: Sequence[float], seed: int) -> 
             )
     free = sorted({entry.cluster for entry in entries} - given.keys())
     order = [free[i] for i in np.random.default_rng(seed % 2**63).permutation(len(free))]
-    held = [0 if part in given.values() else max(1, round(share * len(free))) for part, share in zip(PARTS, fractions)]
-    if held[1] + held[2] + (not given) > len(free):
+    known = given.values() if free else PARTS
+    held = [0 if part in known else max(1, round(share * len(free))) for part, share in zip(PARTS, fractions)]
+    if held[1] + held[2] + ("train" not in known) > len(free):
         raise ValueError(
             f"{len(entries)} maps of {len(given) + len(free)} clusters cannot be divided into {', '.join(PARTS)}: give "
             "more maps, or a manifest with a column split"
