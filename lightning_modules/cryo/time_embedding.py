@@ -1,0 +1,30 @@
+"""How a network is told the time t in [0, 1] of the path."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class RandomFourier(nn.Module):
+    """cos(2 pi w t) and sin(2 pi w t) at `width` / 2 frequencies w that are drawn once from N(0, 1) and kept.
+
+    In float32 whatever the precision around it is: of 2 pi w t bfloat16 has no digit left after the point. The
+    published CryoFM was trained with t counted in thousandths; `unit` = 1000 counts so.
+    """
+
+    def __init__(self, width: int, unit: float = 1.0) -> None:
+        super().__init__()
+        self.unit = unit
+        self.register_buffer("weight", torch.randn(width // 2, 1))
+
+    def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
+        with torch.autocast(t.device.type, enabled=False):
+            angle = 2 * math.pi * self.unit * t.float()[:, None] * self.weight.float().T
+            return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def time_mlp(width: int) -> nn.Sequential:
+    """Linear, SiLU, Linear."""
+    return nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
