@@ -201,7 +201,7 @@ class HDiT(nn.Module):
 
     CryoFM-S (64^3 voxels) is widths=(768, 1536), depths=(4, 8); CryoFM-L (128^3) is widths=(320, 640, 1280),
     depths=(2, 2, 12). `window` is the edge of a neighbourhood of the outer levels in tokens, null: all of the grid.
-    `time_unit` is 1000 for the published weights. `time_mlp` puts a small network in the place of the one matrix after
+    `time_mlp` puts a small network in the place of the one matrix after
     the Fourier features of the time. With `checkpointing` activations of a layer are computed again in the backward
     pass. `backend` is as in `neighborhood_attention`. The output is zero at first.
     Raises ValueError where widths and depths or widths and heads do not fit.
@@ -215,7 +215,6 @@ class HDiT(nn.Module):
         patch: int = 4,
         window: int | None = 7,
         time_width: int = 256,
-        time_unit: float = 1.0,
         time_mlp: bool = False,
         checkpointing: bool = False,
         backend: str = "auto",
@@ -229,7 +228,7 @@ class HDiT(nn.Module):
 
         outer = list(zip(widths, depths))[:-1]
         self.patch_in = Merge(1, widths[0], patch)
-        self.time_emb = RandomFourier(time_width, time_unit)
+        self.time_emb = RandomFourier(time_width)
         self.time_in_proj = _time_projection(time_width, time_mlp)
         self.down_levels = nn.ModuleList(level(width, depth, window) for width, depth in outer)
         self.up_levels = nn.ModuleList(level(width, depth, window) for width, depth in outer)

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 class RandomFourier(nn.Module):
     """cos(2 pi w t) and sin(2 pi w t) at `width` / 2 frequencies w that are drawn once from N(0, 1) and kept.
 
-    In float32 whatever the precision around it is: of 2 pi w t bfloat16 has no digit left after the point. The
-    published CryoFM was trained with t counted in thousandths; `unit` = 1000 counts so.
+    In float32 whatever the precision around it is, in which close times would be one.
     """
 
-    def __init__(self, width: int, unit: float = 1.0) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.unit = unit
         self.register_buffer("weight", torch.randn(width // 2, 1))
 
     def forward(self, t: Float[Tensor, " batch"]) -> Float[Tensor, "batch width"]:
         with torch.autocast(t.device.type, enabled=False):
-            angle = 2 * math.pi * self.unit * t.float()[:, None] * self.weight.float().T
+            angle = 2 * math.pi * t.float()[:, None] * self.weight.float().T
             return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
