@@ -34,9 +34,14 @@ def groups() -> dict[str, dict[str, str]]:
     """Every configuration group with its words, each with the first comment line of its file."""
     found: dict[str, dict[str, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
-        comments = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
-        found.setdefault(path.parent.name, {})[path.stem] = comments[0][2:] if comments else ""
+        found.setdefault(path.parent.name, {})[path.stem] = about(f"{path.parent.name}/{path.stem}")
     return found
+
+
+def about(choice: str) -> str:
+    """The first comment line of `conf/<choice>.yaml`, where it has one."""
+    lines = (CONF / f"{choice}.yaml").read_text().splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
 
 
 def nearest(word: str, known: list[str]) -> str:
