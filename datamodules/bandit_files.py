@@ -19,7 +19,8 @@ def from_file(path: str, noise: float, reward_range: list[float] | None) -> Band
 
     A CSV file has a row for every context and action instead: context, action, pi0, reward and, if wanted, d0. Mean
     rewards lie in `reward_range`, by default [0, 1] or what they span beyond that. An action that the reference takes
-    in no context is left out, with a warning. Raises FileNotFoundError, or ValueError naming the place of what is wrong.
+    in no context is left out, with a warning. Raises FileNotFoundError, or ValueError naming the place of what is
+    wrong.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"data.instance.path={path} does not exist: give an .npz or a .csv with pi0 and reward")

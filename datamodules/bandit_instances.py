@@ -22,8 +22,8 @@ def table(
     m, k = reference.shape
     if reward.shape[-2:] != (m, k) or k < 2:
         raise ValueError(
-            f"{name}: rewards {tuple(reward.shape)} and reference policy {tuple(reference.shape)} must be tables of the "
-            "same contexts and actions, with two actions or more"
+            f"{name}: rewards {tuple(reward.shape)} and reference policy {tuple(reference.shape)} must be tables of "
+            "the same contexts and actions, with two actions or more"
         )
     if not reward.isfinite().all():
         raise ValueError(f"{name}: the reward of {_place(~reward.isfinite())} is {reward[~reward.isfinite()][0]}")
@@ -95,8 +95,8 @@ def _probability(reward: np.ndarray, coverage: float, eta: float) -> float:
         )
     if not 1 < coverage < most:
         raise ValueError(
-            f"data.instance.coverage={coverage:g} is infeasible: at eta={eta:g} these rewards allow values between 1 and "
-            f"{most:.4g}, both excluded"
+            f"data.instance.coverage={coverage:g} is infeasible: at eta={eta:g} these rewards allow values between 1 "
+            f"and {most:.4g}, both excluded"
         )
     return float((1 / coverage - others) / (1 - others))
 

@@ -93,7 +93,7 @@ class Game:
 
 @dataclass(frozen=True)
 class Bandit:
-    """A contextual bandit with a reference policy: a context x ~ `contexts`, an action a, a reward of mean `reward[x, a]`.
+    """A bandit with a reference policy: a context x ~ `contexts`, an action a, a reward of mean `reward[x, a]`.
 
     `noise` is the standard deviation of a reward around its mean. Mean rewards lie in `reward_range`, by which bonuses
     are clipped. With `features` they are linear, <theta, features[x, a]>. With `horizons` there is a table of rewards

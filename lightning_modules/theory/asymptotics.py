@@ -1,9 +1,9 @@
 """What the theorems leave as an order, in closed form for Gaussian noise: lim n E[gap] once every action has been seen.
 
 Near the optimum gap = eta/2 sum_x d0(x) sum_a w(a|x) (e(x, a) - mean_w e)^2, with the weights w of the divergence
-(`regularizer`). The error e is the noise of the estimate, whose covariance is known, and the bonus, which is not random.
-All of these are derivations of ours; the tests hold simulations beside them. Online, the policy that takes the data tends
-to pi*, and the sum of constant / t over the rounds is the constant times log T.
+(`regularizer`). The error e is the noise of the estimate, whose covariance is known, and the bonus, which is not
+random. All of these are derivations of ours; the tests hold simulations beside them. Online, the policy that takes the
+data tends to pi*, and the sum of constant / t over the rounds is the constant times log T.
 """
 
 import torch
@@ -96,7 +96,10 @@ def mean_divergence(policy: Table, divergence: Table, contexts: Float[Tensor, " 
 def divergence(
     behaviour: Table, contexts: Float[Tensor, " context"], features: Features | None = None
 ) -> Float[Tensor, "context action"]:
-    """D with D^2(x, a) = sup_{g, h} (g - h)^2(x, a) / E_{x, a ~ q} (g - h)^2: for tables 1 / (d0 q), else |phi|_{G^-1}^2."""
+    """D with D^2(x, a) = sup_{g, h} (g - h)^2(x, a) / E_{x, a ~ q} (g - h)^2.
+
+    For tables that is 1 / (d0 q), for functions linear in features |phi|_{G^-1}^2.
+    """
     if features is None:
         return (contexts[:, None] * behaviour).rsqrt()
     inverse = torch.linalg.inv(moments(contexts[:, None] * behaviour, features))

@@ -1,8 +1,8 @@
-"""How wide the confidence sets are taken: the radius that multiplies an uncertainty such as 1 / sqrt(n) or |phi|_{V^-1}.
+"""How wide confidence sets are taken: the radius that multiplies an uncertainty such as 1 / sqrt(n) or |phi|_{V^-1}.
 
-A bonus answers for every setting: tables and linear functions learned online, processes, logs of rewards, logs of pairs.
-The papers' orders come without usable constants, or with ones that need 10^5 samples before they help; what is ours is
-said. `Scaled` with c = 0 is no bonus at all: the plug-in of every method.
+A bonus answers for every setting: tables and linear functions learned online, processes, logs of rewards, logs of
+pairs. The papers' orders come without usable constants, or with ones that need 10^5 samples before they help; what is
+ours is said. `Scaled` with c = 0 is no bonus at all: the plug-in of every method.
 """
 
 import math
@@ -59,7 +59,7 @@ class Theory:
         return noise * (features * (1 + horizon / features).log() + 2 * horizon.log()).sqrt() + math.sqrt(ridge)
 
     def process(self, noise: float, horizon: int, shape: tuple[int, ...]) -> float:
-        """sqrt(sigma^2 + H^2/4) sqrt(2 log(2 H S A T / delta)): Hoeffding's for a reward and a value in [0, H] (ours)."""
+        """sqrt(sigma^2 + H^2/4) sqrt(2 log(2 H S A T / delta)): Hoeffding's for r + V in [0, H] (ours)."""
         spread = math.sqrt(noise**2 + shape[0] ** 2 / 4)
         return spread * math.sqrt(2 * math.log(2 * math.prod(shape) * horizon / self.delta))
 

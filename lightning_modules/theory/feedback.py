@@ -1,4 +1,4 @@
-"""What offline methods learn from: rewards of single actions, or which of two actions won. Sufficient statistics of both.
+"""What offline methods learn from: rewards of single actions, or which of two actions won; sufficient statistics.
 
 Statistics of independent data add up. They are drawn at once for any number of samples, so 2,000 data sets of 65,536
 samples cost what 17 multinomial draws for each of them do.

@@ -21,15 +21,16 @@ from lightning_modules.theory.regularizer import Divergence
 from lightning_modules.theory.simulation import Measured
 from lightning_modules.theory.worlds import ACTION, NOISE, Fresh, Scene, Tables
 
+SAMPLE = 10_000  # contexts by which the rate of new features is integrated
 Decision = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class KLUCB(Regret):
     """In each round play the regularised optimum for estimate plus bonus, and learn from the reward of its action.
 
-    `copies` runs side by side. A round's regret is the exact gap of the policy played in it, averaged over contexts; with
-    features that are new each round, the gap in this round's context. `plain_regret` is what its mean reward lacks of the
-    best action's. With several horizons there are `copies` for each, whose regret ends with its horizon.
+    `copies` runs side by side. A round's regret is the exact gap of the policy played in it, averaged over contexts;
+    with features that are new each round, the gap in this round's context. `plain_regret` is what its mean reward lacks
+    of the best action's. With several horizons there are `copies` for each, whose regret ends with its horizon.
     """
 
     def __init__(
@@ -77,18 +78,21 @@ class KLUCB(Regret):
         return Linear(len(horizon), features, radius, high - low, self.ridge)
 
     def _predict(self) -> float | None:
-        """What a doubling of T adds in the long run, where the optimum of one bandit is played with known contexts."""
-        world = self.world
-        if isinstance(world, Fresh) or self.horizons or self.decision is not regularized:
+        """What a doubling of T adds in the long run, where the regularised optimum of one bandit is played.
+
+        Features that are new in each round are those of `SAMPLE` rounds here, which are not the rounds played.
+        """
+        if self.horizons or self.decision is not regularized:
             return None
-        problem = (world.log_reference, world.reward[0], self.eta)
+        reward, features, contexts = self.world.context_sample(self.seed, SAMPLE)
+        problem = (self.world.log_reference.expand_as(reward), reward, self.eta)
         weights, policy = self.regularizer.weights(*problem), self.regularizer.log_policy(*problem).exp()
         if not (policy > 0).all():
             return None
         radius = float(self.learner.radius[0, 0, 0])
-        if world.features is None:
+        if features is None:
             return math.log(2) * table_rate(weights, policy, self.eta, self.noise, radius)
-        return math.log(2) * linear_rate(weights, policy, world.features, world.contexts, self.eta, self.noise, radius)
+        return math.log(2) * linear_rate(weights, policy, features, contexts, self.eta, self.noise, radius)
 
     def play(self, rounds: list[int]) -> Measured:
         world = self.world

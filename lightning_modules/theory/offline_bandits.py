@@ -26,8 +26,8 @@ REFERENCE, PROPOSED = 1, 2  # streams of random numbers, by who samples
 class OfflineBandit(Samples):
     """What `regularizer` makes optimal for the estimate less the bonus, from samples of the reference policy.
 
-    Rounds are samples, of `copies` data sets side by side, or the rows of the log that the data brings. With rewards and KL
-    this is KL-PCB, with preferences KL-PCDB, with the chi-square divergence and no bonus f-CB.
+    Rounds are samples, of `copies` data sets side by side, or the rows of the log that the data brings. With rewards
+    and KL this is KL-PCB, with preferences KL-PCDB, with the chi-square divergence and no bonus f-CB.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class OfflineBandit(Samples):
         bandit = getattr(data, "instance", None)
         if not isinstance(bandit, Bandit) or bandit.horizons:
             raise ValueError(
-                f"data={data.name} is no bandit with fixed contexts: take data=bandit with instance=tail, two_arm, covered, "
-                "file, or linear with data.instance.contexts=20"
+                f"data={data.name} is no bandit with fixed contexts: take data=bandit with instance=tail, two_arm, "
+                "covered, file, or linear with data.instance.contexts=20"
             )
         if bandit.features is not None and self.feedback.chosen == 2:
             raise ValueError("feedback=preference is for tables, and this bandit has features: take feedback=reward")
@@ -100,7 +100,7 @@ class OfflineBandit(Samples):
         return {"gap": self.gap(self.learned(self.statistics))}
 
     def _sampled(self, policies: Tensor, size: int, first: int, who: int) -> Tensor:
-        """`size` samples of each copy; `first` is the number of the first, which says where its random numbers begin."""
+        """`size` samples of each copy; its random numbers begin where `first` says, the number of the first sample."""
         policies = policies.expand(self.copies, *self.reference.shape)
         return self.feedback.drawn(self.bandit, policies, size, streams(self.seed, self.copies, [0, 0, first, who]))
 
@@ -121,8 +121,8 @@ class OfflineBandit(Samples):
 class TwoStage(OfflineBandit):
     """A share `first` of the samples from the reference policy, the rest from the policy learned from them; then all.
 
-    TMPS with rewards, TMPS-PF with preferences. The second stage is sampled anew for every number of samples. `first` = 1
-    is the single stage, the control.
+    TMPS with rewards, TMPS-PF with preferences. The second stage is sampled anew for every number of samples. `first` =
+    1 is the single stage, the control.
     """
 
     def __init__(self, first: float, **offline_bandit) -> None:

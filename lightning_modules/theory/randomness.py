@@ -1,7 +1,7 @@
 """Random numbers of simulations side by side: those of a copy depend on the seed, the copy and the round alone.
 
-Philox counts (Salmon et al., SC 2011): its key is the seed and the copy, its counter says where in the stream one is. So
-a copy draws the same numbers in any company, and from any round on without those before it.
+Philox counts (Salmon et al., SC 2011): its key is the seed and the copy, its counter says where in the stream one is.
+So a copy draws the same numbers in any company, and from any round on without those before it.
 """
 
 from collections.abc import Iterator

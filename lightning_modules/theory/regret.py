@@ -20,8 +20,8 @@ class Regret(Simulation):
     """A simulation whose rounds have a gap; `regret` is the sum of it, `plain_regret` that without regularisation.
 
     Slopes are fitted to the powers of two from `fit_from` on: what a doubling of the rounds adds, and the power of the
-    round. `predicted` is the closed form of the former where there is one. Where copies have horizons of their own, a point
-    is the regret at a horizon, as a mean over the copies that have it.
+    round. `predicted` is the closed form of the former where there is one. Where copies have horizons of their own, a
+    point is the regret at a horizon, as a mean over the copies that have it.
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/regret", "min")
@@ -52,8 +52,8 @@ class Regret(Simulation):
     def caption(self) -> str:
         """What stands above the table."""
         return (
-            f"regret against the regularised optimum at eta={self.eta:g} (beta={1 / self.eta:g}) and its growth per doubling "
-            f"of the rounds from {self.fit_from} on; 95 % intervals over {self.copies} copies"
+            f"regret against the regularised optimum at eta={self.eta:g} (beta={1 / self.eta:g}) and its growth per "
+            f"doubling of the rounds from {self.fit_from} on; 95 % intervals over {self.copies} copies"
         )
 
     @property

@@ -18,8 +18,8 @@ from lightning_modules.theory.simulation import Simulation
 class Samples(Simulation):
     """A simulation whose rounds are samples, and which measures `gap`.
 
-    `slope` is that of log gap over log n from `fit_from` samples on. `n_gap` is n times the gap at the end, which tends to
-    `predicted` where the gap falls as 1/n.
+    `slope` is that of log gap over log n from `fit_from` samples on. `n_gap` is n times the gap at the end, which tends
+    to `predicted` where the gap falls as 1/n.
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/gap", "min")
@@ -38,8 +38,8 @@ class Samples(Simulation):
     def caption(self) -> str:
         """What stands above the table."""
         return (
-            f"what the learned policy lacks of the regularised optimum at eta={self.eta:g} (beta={1 / self.eta:g}) after n "
-            f"samples; slope over log n from {self.fit_from} on; 95 % intervals over {self.copies} data sets"
+            f"what the learned policy lacks of the regularised optimum at eta={self.eta:g} (beta={1 / self.eta:g}) "
+            f"after n samples; slope over log n from {self.fit_from} on; 95 % intervals over {self.copies} data sets"
         )
 
     @property

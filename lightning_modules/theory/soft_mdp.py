@@ -1,7 +1,7 @@
 """Finite-horizon processes with a reference policy: soft values, occupancies, the exact gap, its closed-form rate.
 
-J(pi) = E sum_h [ r_h - log(pi_h / pi0_h) / eta ]. Tables are (..., step, state, action), policies are logarithms, and the
-state after step h is drawn from `transition[h, s, a]`. Everything in the precision of the tables (float64).
+J(pi) = E sum_h [ r_h - log(pi_h / pi0_h) / eta ]. Tables are (..., step, state, action), policies are logarithms, and
+the state after step h is drawn from `transition[h, s, a]`. Everything in the precision of the tables (float64).
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from datamodules.batches import Bandit, DecisionProcess
 from lightning_modules.theory.regularizer import kl
 
-Table = Float[Tensor, "*batch step state action"]
+Table = Float[Tensor, "*#batch step state action"]
 
 
 def as_process(bandit: Bandit) -> DecisionProcess:
@@ -49,13 +49,13 @@ def occupancy(process: DecisionProcess, log_policy: Table) -> Table:
     return torch.stack(visits, -3)
 
 
-def gap(process: DecisionProcess, log_policy: Table, log_best: Table, eta: float) -> Float[Tensor, "*batch"]:
+def gap(process: DecisionProcess, log_policy: Table, log_best: Table, eta: float) -> Float[Tensor, "*#batch"]:
     """J(pi*) - J(pi) = E_{s_h ~ pi} sum_h KL(pi_h || pi*_h) / eta, exactly."""
     states = occupancy(process, log_policy).sum(-1)
     return (states * kl(log_policy, log_best)).sum((-1, -2)) / eta
 
 
-def objective(process: DecisionProcess, log_policy: Table, eta: float) -> Float[Tensor, "*batch"]:
+def objective(process: DecisionProcess, log_policy: Table, eta: float) -> Float[Tensor, "*#batch"]:
     """J(pi)."""
     paid = process.reward - (log_policy - process.log_reference) / eta
     return (occupancy(process, log_policy) * paid).sum((-1, -2, -3))
@@ -74,9 +74,9 @@ def growth(process: DecisionProcess, eta: float, radius: float = 0.0) -> float:
     """lim t E[gap of episode t]: what regret has per unit of log T in the long run (a derivation of ours).
 
     Where pi* is played, n_h(s, a) is t d*_h(s, a). The error of Q* to first order is e_h = f_h + A_h e_{h+1}, A_h the
-    transition under pi* and f_h the error of least squares: random with variance (sigma^2 + Var_P V*_{h+1}) / n and, for a
-    bonus radius / sqrt(n), a bias. The gap is eta/2 sum_h E_{d*_h(s)} Var_{pi*_h}(e_h). Pairs that pi* never reaches count
-    nothing, and have no error here.
+    transition under pi* and f_h the error of least squares: random with variance (sigma^2 + Var_P V*_{h+1}) / n and,
+    for a bonus radius / sqrt(n), a bias. The gap is eta/2 sum_h E_{d*_h(s)} Var_{pi*_h}(e_h). Pairs that pi* never
+    reaches count nothing, and have no error here.
     """
     q, log_best = optimal(process, eta)
     visits, policy = occupancy(process, log_best), log_best.exp()

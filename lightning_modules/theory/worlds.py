@@ -8,17 +8,26 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from datamodules.batches import Bandit, FreshFeatures
+from lightning_modules.theory.randomness import streams
 
 # Which of the random numbers of a round, or of a step of it, is for what; what is drawn beside these comes after them
 CONTEXT, ACTION, NOISE, REST = 0, 1, 2, 4
 
 
 class Scene(NamedTuple):
-    """A stretch of rounds: the context met, and the rewards and features of all contexts that the regret averages over."""
+    """A stretch of rounds: the context met, the rewards and features of all contexts that the regret averages over."""
 
     context: Int[Tensor, "round copy"]
     reward: Float[Tensor, "round copy context action"]
     features: Float[Tensor, "round copy context action feature"] | None
+
+
+class Contexts(NamedTuple):
+    """Contexts with their probabilities, over which a mean can be taken."""
+
+    reward: Float[Tensor, "context action"]
+    features: Float[Tensor, "context action feature"] | None
+    probability: Float[Tensor, " context"]
 
 
 class Tables:
@@ -38,6 +47,10 @@ class Tables:
         features = self.features
         return Scene(context, reward, features if features is None else features.expand(*reward.shape, -1))
 
+    def context_sample(self, seed: int, size: int) -> Contexts:
+        """All contexts of the first bandit."""
+        return Contexts(self.reward[0], self.features, self.contexts)
+
 
 class Fresh:
     """New features in every round: each has a single context, this one."""
@@ -53,6 +66,13 @@ class Fresh:
         vectors = torch.special.ndtri(chance[..., REST : self.numbers]).unflatten(-1, self.shape)
         features = vectors / vectors.norm(dim=-1, keepdim=True)
         return Scene(torch.zeros(chance.shape[:2], dtype=torch.int64), features @ self.theta, features)
+
+    def context_sample(self, seed: int, size: int) -> Contexts:
+        """`size` contexts from a stream that no round draws from."""
+        draw = next(iter(streams(seed, 1, [0, 0, 0, 1])))
+        vectors = torch.from_numpy(draw.standard_normal((size, *self.shape[1:])))
+        features = vectors / vectors.norm(dim=-1, keepdim=True)
+        return Contexts(features @ self.theta, features, torch.full((size,), 1 / size, dtype=torch.float64))
 
 
 World = Tables | Fresh
