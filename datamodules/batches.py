@@ -178,3 +178,9 @@ class RoundBatch(TypedDict):
     """
 
     rounds: Int[Tensor, " rounds"]
+
+
+class CategoryBatch(TypedDict):
+    """Rows of d letters, numbers from 0: what a categorical process noises and learns to restore."""
+
+    x: Int[Tensor, "batch d"]

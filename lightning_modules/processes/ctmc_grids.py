@@ -42,8 +42,7 @@ def kappa(schedule: Schedule, start: float, stop: float, kappa: float) -> Grid:
 
 
 def cosine(schedule: Schedule, start: float, stop: float, steps: int) -> Grid:
-    """t = stop + (start - stop) cos(pi k / 2 N): long steps at the data, as orders that mask by confidence take
-    them."""
+    """t = stop + (start - stop) cos(pi k / 2 N): long steps at the data, the schedule of MaskGIT's orders."""
     _check_ends(schedule, start, stop)
     _check_steps(steps)
     turn = torch.linspace(0, math.pi / 2, steps + 1, dtype=torch.float64)

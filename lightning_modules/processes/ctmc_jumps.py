@@ -80,8 +80,8 @@ class Uniformization(Exact):
             total = rates.sum(1)
             if bool((total > bound[rows] * (1 + 1e-9)).any()):
                 raise ValueError(
-                    f"a rate of {float(total.max()):.4g} is above the bound of uniformization, whose law would be wrong: "
-                    "raise bound"
+                    f"a rate of {float(total.max()):.4g} is above the bound of uniformization, whose law would be "
+                    "wrong: raise bound"
                 )
             taken = uniforms(total.shape, draw, x.device) * bound[rows] < total
             jump(x, rows[taken], rates[taken], draw)

@@ -24,8 +24,8 @@ class Kernel:
         self.letters = letters
         self.size = letters
 
-    def transition(self, noise: Float[Tensor, ""]) -> Float[Tensor, "letters size"]:
-        """K(x_t | x_0), a row for each letter of the data."""
+    def transition(self, noise: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels letters size"]:
+        """K(x_t | x_0), a row for each letter of the data, at each of these noises."""
         raise NotImplementedError
 
     def likelihood(self, x: State, noise: Noise) -> Letters:
@@ -80,7 +80,8 @@ class Kernel:
 class Uniform(Kernel):
     """Every letter turns into every other at rate 1 / S: K = e^-sigma I + (1 - e^-sigma) / S (arXiv 2410.02321)."""
 
-    def transition(self, noise: Float[Tensor, ""]) -> Float[Tensor, "letters size"]:
+    def transition(self, noise: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels letters size"]:
+        noise = noise[..., None, None]
         eye = torch.eye(self.letters, dtype=noise.dtype, device=noise.device)
         return torch.exp(-noise) * eye - torch.expm1(-noise) / self.letters
 
@@ -151,11 +152,12 @@ class Absorbing(Kernel):
         self.mask = letters if mask is None else mask
         self.size = letters + (mask is None)
 
-    def transition(self, noise: Float[Tensor, ""]) -> Float[Tensor, "letters size"]:
+    def transition(self, noise: Float[Tensor, "*levels"]) -> Float[Tensor, "*levels letters size"]:
         if self.size == self.letters:
             raise ValueError("a transition matrix needs the mask behind the letters: take Absorbing without mask=")
+        noise = noise[..., None, None]
         eye = torch.eye(self.letters, dtype=noise.dtype, device=noise.device)
-        masked = (-torch.expm1(-noise)).expand(self.letters, 1)
+        masked = (-torch.expm1(-noise)).expand(*noise.shape[:-2], self.letters, 1)
         return torch.cat([torch.exp(-noise) * eye, masked], -1)
 
     def likelihood(self, x: State, noise: Noise) -> Letters:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lightning_modules.processes.ctmc import CTMC, Denoiser, Time
@@ -95,14 +95,21 @@ class ExactLaw:
         self.space = Space(data.ndim, kernel.size, kernel.letters)
         self._table: tuple[float, Letters] | None = None
 
-    def noised(self, t: Time) -> Law:
-        """q_t, the data with K_t applied along every axis."""
+    def noised(self, t: Time) -> Float[Tensor, "*times states"]:
+        """q_t at each of these times: the data with K_t applied along every axis."""
         return self._at(self.process.schedule.noise(t.double()))
 
     @property
     def limit(self) -> Law:
         """The law of infinite noise, in which samplers start."""
         return self._at(torch.tensor(math.inf, dtype=torch.float64))
+
+    def rates(self, times: Float[Tensor, " times"]) -> Float[Tensor, "times states d letters"]:
+        """The exact reverse rates per unit of the clock from all states, at each of these times."""
+        ratios, count = self._ratios(self.noised(times)), len(times)
+        noise = self.process.noise(times).repeat_interleave(self.space.count, 0)
+        rates = self.process.kernel.rates(ratios.flatten(0, 1), self.space.states.repeat(count, 1), noise)
+        return rates.unflatten(0, (count, -1))
 
     def denoiser(self, **options: object) -> Denoiser:
         """The exact scores, with the options of `Denoiser`."""
@@ -164,6 +171,16 @@ class ExactLaw:
     def denoised(self, denoiser: Denoiser, law: Law, t: Time) -> Law:
         """The law after drawing data from the posterior at time t."""
         return self.step(FinalDenoise(), denoiser, law, t, t)
+
+    def moves(
+        self, sampler: Leap | Jumps, denoiser: Denoiser, before: Law, after: Law, t: Time, u: Time
+    ) -> float:
+        """Coordinates that change in a step, on average; for jumps by the mean of the laws before and after it."""
+        states = self.space.states
+        if isinstance(sampler, Jumps):
+            return float((before + after) / 2 @ sampler.jumps(denoiser, states, t, u).sum((1, 2)))
+        stays = denoiser.held(sampler.transition(denoiser, states, t, u), states).gather(-1, states[..., None])
+        return float(before @ (1 - stays).sum((1, 2)))
 
     def jumped(self, jumps: Float[Tensor, "states d letters"], law: Law) -> Law:
         """law exp(R) by the uniformisation series, for integrated rates."""
@@ -234,17 +251,22 @@ class ExactLaw:
             clock = clock - length * min(1.0, near if near > 0 else 1.0)
         yield end
 
-    def _at(self, noise: Time) -> Law:
-        matrix, law = self.process.kernel.transition(noise), self.data
+    def _at(self, noise: Time) -> Float[Tensor, "*times states"]:
+        """Every product takes the first axis away and puts that of the noised coordinate last."""
+        matrix = self.process.kernel.transition(noise)
+        law = self.data.expand(*noise.shape, *self.data.shape)
         for _ in range(self.space.d):
-            law = torch.tensordot(law, matrix, dims=([0], [0]))
-        return law.flatten()
+            law = law.reshape(*noise.shape, self.space.letters, -1).mT @ matrix
+        return law.reshape(*noise.shape, -1)
 
-    def _ratios(self, law: Law) -> Float[Tensor, "states d letters"]:
-        found = law[self.space.neighbours]
-        here = law[:, None, None]
-        opened = self.process.kernel.open(self.space.states)[..., None]
-        return torch.where(opened & (here > 0), found / here.clamp_min(1e-300), 0.0)
+    def _ratios(self, law: Float[Tensor, "*times states"]) -> Float[Tensor, "*times states d letters"]:
+        found, here = law[..., self.space.neighbours], law[..., None, None]
+        known = self._open[..., None] & (here > 0)
+        return torch.where(known, found / here.clamp_min(1e-300), 0.0)
+
+    @cached_property
+    def _open(self) -> Bool[Tensor, "states d"]:
+        return self.process.kernel.open(self.space.states)
 
     @cached_property
     def _letters(self) -> Int[Tensor, "data d"]:
@@ -266,29 +288,18 @@ def path_bound(law: ExactLaw, sampler: Jumps, denoiser: Denoiser, grid: Float[Te
 
     With KL(q_T || limit) it bounds KL(q_delta || law of the sampler), without hidden constants.
     """
-    kernel, states, exact = law.process.kernel, law.space.states, law.denoiser()
-    places, weights = np.polynomial.legendre.leggauss(NODES)
+    kernel, states = law.process.kernel, law.space.states
+    places, weights = (torch.from_numpy(part / 2) for part in np.polynomial.legendre.leggauss(NODES))
+    at_once = max(1, PAIRS // law.space.neighbours.numel())
     total = at_grid = 0.0
     for t, u in pairwise(grid.double()):
         length, end = law.process.exposure(t, u).reshape(()), kernel.clock(law.process.noise(u)).reshape(())
         frozen = sampler.jumps(denoiser, states, t, u) / length
-        for place, weight in zip((places + 1) / 2, weights / 2):
-            time = law.process.schedule.time(kernel.noise_at(end + place * length))
-            total += float(weight * length * _mean_divergence(law, time, exact.rates(states, time), frozen))
-        predicted = denoiser.rates(states, t, sampler.corrector)
-        at_grid += float(length * _mean_divergence(law, t, exact.rates(states, t, sampler.corrector), predicted))
+        times = law.process.schedule.time(kernel.noise_at(end + (places + 0.5) * length))
+        for some, share in zip(times.split(at_once), weights.split(at_once)):
+            total += float(length * share @ _mean_divergence(law, some, frozen))
+        at_grid += float(length * _mean_divergence(law, t[None], denoiser.rates(states, t)))
     return Path(total, at_grid)
-
-
-def expected_moves(
-    law: ExactLaw, sampler: Leap | Jumps, denoiser: Denoiser, before: Law, after: Law, t: Time, u: Time
-) -> float:
-    """Coordinates that change in a step, on average; for frozen rates by the mean of the laws before and after it."""
-    states = law.space.states
-    if isinstance(sampler, Jumps):
-        return float((before + after) / 2 @ sampler.jumps(denoiser, states, t, u).sum((1, 2)))
-    stays = denoiser.held(sampler.transition(denoiser, states, t, u), states).gather(-1, states[..., None])
-    return float(before @ (1 - stays).sum((1, 2)))
 
 
 def kl(p: Law, q: Law) -> float:
@@ -322,7 +333,8 @@ def early_stopping(d: int, letters: int, noise: float) -> float:
     return -math.expm1(d * math.log1p(math.expm1(-noise) * (1 - 1 / letters)))
 
 
-def _mean_divergence(law: ExactLaw, t: Time, exact: Letters, found: Letters) -> float:
-    """E_q sum D(exact, found)."""
+def _mean_divergence(law: ExactLaw, times: Float[Tensor, " times"], found: Letters) -> Float[Tensor, " times"]:
+    """E_q sum D(exact rates, found) at each time."""
+    exact = law.rates(times)
     ratio = torch.where(exact > 0, exact * (exact.clamp_min(1e-300) / found.clamp_min(1e-300)).log(), 0.0)
-    return float(law.noised(t) @ (ratio - exact + found).sum((1, 2)))
+    return (law.noised(times) * (ratio - exact + found).sum((-1, -2))).sum(-1)
