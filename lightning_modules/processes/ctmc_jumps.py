@@ -70,12 +70,12 @@ class Uniformization(Exact):
     ) -> None:
         """Jumps of x while the noise falls from `high` to `low`."""
         process = denoiser.process
-        clock, end = (process.kernel.clock(noise[:, None, None])[:, 0, 0] for noise in (high, low))
+        clock, end = (process.kernel.clock(noise) for noise in (high, low))
         bound, rows = x.shape[1] * self._bound(denoiser, low), torch.arange(len(x), device=x.device)
         while len(rows):
             clock[rows] -= waiting_times(bound[rows], draw)
             rows = rows[clock[rows] > end[rows]]
-            at = process.schedule.time(process.kernel.noise_at(clock[rows][:, None, None])[:, 0, 0])
+            at = process.schedule.time(process.kernel.noise_at(clock[rows]))
             rates = denoiser.rows(rows).rates(x[rows], at).flatten(1).double()
             total = rates.sum(1)
             if bool((total > bound[rows] * (1 + 1e-9)).any()):
@@ -106,14 +106,14 @@ class FirstHitting(Exact):
 
     def step(self, denoiser: Denoiser, x: State, t: Time, u: Time, memory: Any, draw: Draw) -> Step:
         process, x = denoiser.process, x.clone()
-        clock, end = (process.kernel.clock(process.noise(of_each(time, x)))[:, 0, 0] for time in (t, u))
+        clock, end = (process.kernel.clock(process.schedule.noise(of_each(time, x))) for time in (t, u))
         rows = torch.arange(len(x), device=x.device)
         while len(rows):
             free = denoiser.rows(rows).free(x[rows])
             clock[rows] -= waiting_times(free.sum(1).double(), draw)
             going = clock[rows] > end[rows]
             rows, free = rows[going], free[going]
-            at = process.schedule.time(process.kernel.noise_at(clock[rows][:, None, None])[:, 0, 0])
+            at = process.schedule.time(process.kernel.noise_at(clock[rows]))
             posterior = denoiser.rows(rows).posterior(x[rows], at)
             jump(x, rows, (posterior * free[..., None]).flatten(1), draw)
         return x, None

@@ -11,6 +11,7 @@ from torch import Tensor
 State = Int[Tensor, "batch d"]
 Letters = Float[Tensor, "batch d letters"]
 Noise = Float[Tensor, "#batch #d 1"]
+Levels = Float[Tensor, "*levels"]
 
 LEAST_MASKED = 1e-30  # the share of masks that stands for none: its logarithm is finite and no draw ever sees it
 
@@ -56,11 +57,11 @@ class Kernel:
         """The posterior with certainty at coordinates that were never touched."""
         return posterior
 
-    def clock(self, noise: Noise) -> Noise:
+    def clock(self, noise: Levels) -> Levels:
         """The clock in which reverse rates with a frozen prediction are constant; it falls towards the data."""
         raise NotImplementedError
 
-    def noise_at(self, clock: Noise) -> Noise:
+    def noise_at(self, clock: Levels) -> Levels:
         """The noise at a time of the clock."""
         raise NotImplementedError
 
@@ -112,10 +113,10 @@ class Uniform(Kernel):
         posterior = (score - 1 - stays * less) / more
         return normalised(torch.where(one_hot(x, self.letters, torch.bool), stays, posterior).clamp_min(0))
 
-    def clock(self, noise: Noise) -> Noise:
+    def clock(self, noise: Levels) -> Levels:
         return noise
 
-    def noise_at(self, clock: Noise) -> Noise:
+    def noise_at(self, clock: Levels) -> Levels:
         return clock
 
     def rates(self, score: Letters, x: State, noise: Noise) -> Letters:
@@ -186,11 +187,11 @@ class Absorbing(Kernel):
         shown = one_hot(x.clamp_max(self.letters - 1), self.letters, posterior.dtype)
         return torch.where(self.open(x)[..., None], posterior, shown)
 
-    def clock(self, noise: Noise) -> Noise:
+    def clock(self, noise: Levels) -> Levels:
         """log(1 - e^-sigma), the logarithm of the share that is masked."""
         return torch.log((-torch.expm1(-noise)).clamp_min(LEAST_MASKED))
 
-    def noise_at(self, clock: Noise) -> Noise:
+    def noise_at(self, clock: Levels) -> Levels:
         return -torch.log1p(-torch.exp(clock))
 
     def rates(self, score: Letters, x: State, noise: Noise) -> Letters:

@@ -172,9 +172,7 @@ class ExactLaw:
         """The law after drawing data from the posterior at time t."""
         return self.step(FinalDenoise(), denoiser, law, t, t)
 
-    def moves(
-        self, sampler: Leap | Jumps, denoiser: Denoiser, before: Law, after: Law, t: Time, u: Time
-    ) -> float:
+    def moves(self, sampler: Leap | Jumps, denoiser: Denoiser, before: Law, after: Law, t: Time, u: Time) -> float:
         """Coordinates that change in a step, on average; for jumps by the mean of the laws before and after it."""
         states = self.space.states
         if isinstance(sampler, Jumps):
@@ -229,7 +227,7 @@ class ExactLaw:
     def _integrated(self, denoiser: Denoiser, law: Law, t: Time, u: Time) -> Law:
         """Kolmogorov's forward equation by Runge and Kutta's method, in steps short against the noise and the rates."""
         schedule, kernel, states = self.process.schedule, self.process.kernel, self.space.states
-        clocks = [kernel.clock(self.process.noise(time)).reshape(()) for time in (t, u)]
+        clocks = [kernel.clock(schedule.noise(time)) for time in (t, u)]
 
         def rates(clock: Time) -> Float[Tensor, "states d letters"]:
             return denoiser.rates(states, schedule.time(kernel.noise_at(clock)))
@@ -293,7 +291,7 @@ def path_bound(law: ExactLaw, sampler: Jumps, denoiser: Denoiser, grid: Float[Te
     at_once = max(1, PAIRS // law.space.neighbours.numel())
     total = at_grid = 0.0
     for t, u in pairwise(grid.double()):
-        length, end = law.process.exposure(t, u).reshape(()), kernel.clock(law.process.noise(u)).reshape(())
+        length, end = law.process.exposure(t, u).reshape(()), kernel.clock(law.process.schedule.noise(u))
         frozen = sampler.jumps(denoiser, states, t, u) / length
         times = law.process.schedule.time(kernel.noise_at(end + (places + 0.5) * length))
         for some, share in zip(times.split(at_once), weights.split(at_once)):

@@ -1,7 +1,6 @@
 """The laboratory of discrete diffusion: how far a sampler's law is from the data's, exactly (arXiv 2410.02321)."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from torch import Tensor
 from lightning_modules.processes import ctmc_grids
 from lightning_modules.processes.ctmc import CTMC, Denoiser, Time
 from lightning_modules.processes.ctmc_jumps import Exact
-from lightning_modules.processes.ctmc_kernels import Kernel, Letters, State, uniforms
+from lightning_modules.processes.ctmc_kernels import Kernel, Letters, State
 from lightning_modules.processes.ctmc_samplers import CategoricalSampler, Jumps, Leap, check_kernel, sample
 from lightning_modules.processes.ctmc_schedules import Schedule
 from lightning_modules.processes.exact_law import ExactLaw, counted, kl, on_states, path_bound, tv, tv_floor
@@ -30,9 +29,9 @@ COLUMNS = ("kl", "tv", "tv_data", "path", "truncation", "score_error", "evaluati
 class Setting:
     """One experiment: sizes of the data (None: as they are), the grid, and the error of the score.
 
-    `start` and `delta` are the times at which the sampler starts and stops; a grid has `steps`, or steps of `kappa` in the
-    noise. `tilt` adds +eta to the log-score of letter 1 and -eta to that of letter 0 at all times; `jitter` adds
-    independent normal noise with that deviation to every log-score, new at every time.
+    `start` and `delta` are the times at which the sampler starts and stops; a grid has `steps`, or steps of `kappa`
+    in the noise. `tilt` adds +eta to the log-score of letter 1 and -eta to that of letter 0 at all times; `jitter`
+    adds independent normal noise with that deviation to every log-score, new at every time.
     """
 
     grid: str
@@ -59,10 +58,10 @@ class Setting:
 class DiscreteDiffusion(Sweep):
     """A sampler with exact scores, `tilt`ed or `jitter`ed scores, on every copy of a target, along one axis.
 
-    Measured in nats, on all states: `kl` and `tv` of q_delta and the sampler's law, `tv_data` of the data and that law,
-    `truncation` KL(q_T || the start), `path` the path-space divergence (frozen rates only; truncation + path bounds kl),
-    `score_error` the part of it at the grid, `evaluations` of the network a sample, on average. A sampler whose law cannot
-    be propagated is compared by `samples` draws: `tv` beside the `floor` that is noise.
+    Measured in nats, on all states: `kl` and `tv` of q_delta and the sampler's law, `tv_data` of the data and that
+    law, `truncation` KL(q_T || the start), `path` the path-space divergence (frozen rates only; truncation + path
+    bounds kl), `score_error` the part of it at the grid, `evaluations` of the network a sample, on average. A sampler
+    whose law cannot be propagated is compared by `samples` draws: `tv` beside the `floor` that is noise.
     """
 
     headline: ClassVar[tuple[str, str]] = ("val/tv_data", "min")
@@ -123,8 +122,8 @@ class DiscreteDiffusion(Sweep):
             law = data.law(0, setting.dimension, setting.letters)
             if float(times[-1]) == 0 and not bool((law > 0).all()) and self.kernel(data.letters).size == data.letters:
                 raise ValueError(
-                    f"model.delta=0 needs data of full support, and {int((law == 0).sum())} of {law.numel()} states have "
-                    "probability zero: stop early, such as model.delta=0.01"
+                    f"model.delta=0 needs data of full support, and {int((law == 0).sum())} of {law.numel()} states "
+                    "have probability zero: stop early, such as model.delta=0.01"
                 )
 
     def measure(self, value: float) -> Measured:
@@ -140,22 +139,8 @@ class DiscreteDiffusion(Sweep):
         data = self.data.law(copy, setting.dimension, setting.letters)
         law = ExactLaw(CTMC(self.kernel(data.shape[0]), self.noise), data)
         denoiser, grid = erring(law, setting.tilt, setting.jitter, self.seed + copy), setting.times(self.noise)
-        if not isinstance(self.sampler, Leap | Jumps | Exact):
-            return self._sampled(law, denoiser, grid, copy)
-        return measured(law, self.sampler, denoiser, grid, self.denoise)
-
-    def _sampled(self, law: ExactLaw, denoiser: Denoiser, grid: Tensor, copy: int) -> dict[str, float]:
-        """The distance of samples, for samplers whose law is not known."""
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + copy)
-        x = law.process.kernel.limit((self.samples, law.space.d), draw)
-        x = sample(self.sampler, denoiser, x, grid, draw, denoise=self.denoise)
-        found, data, wanted = counted(x, law.space), on_states(law.data, law.space), law.noised(grid[-1])
-        return {
-            "tv": tv(wanted, found),
-            "tv_data": tv(data, found),
-            "floor": tv_floor(wanted, self.samples),
-            "evaluations": denoiser.evaluations / self.samples,
-        }
+        return report(law, self.sampler, denoiser, grid, self.denoise, self.samples, draw)
 
     @property
     def title(self) -> str:
@@ -189,6 +174,47 @@ def erring(law: ExactLaw, tilt: float, jitter: float, seed: int) -> Denoiser:
         return score * (jitter * table).exp()[law.space.number(x)]
 
     return Denoiser(law.process, score, "score")
+
+
+def report(
+    law: ExactLaw,
+    sampler: CategoricalSampler,
+    denoiser: Denoiser,
+    grid: Float[Tensor, " times"],
+    denoise: bool,
+    samples: int,
+    draw: torch.Generator,
+) -> dict[str, float]:
+    """Every number of a sampler along a grid: exact where its law is known, else of so many samples."""
+    known = isinstance(sampler, Leap | Jumps | Exact)
+    return (
+        measured(law, sampler, denoiser, grid, denoise)
+        if known
+        else sampled(law, sampler, denoiser, grid, denoise, samples, draw)
+    )
+
+
+def sampled(
+    law: ExactLaw,
+    sampler: CategoricalSampler,
+    denoiser: Denoiser,
+    grid: Float[Tensor, " times"],
+    denoise: bool,
+    samples: int,
+    draw: torch.Generator,
+) -> dict[str, float]:
+    """The distance of samples, and the `floor` that sampling noise alone is about."""
+    x = law.process.kernel.limit((samples, law.space.d), draw)
+    x = sample(sampler, denoiser, x, grid, draw, denoise=denoise)
+    found, data = counted(x, law.space), on_states(law.data, law.space)
+    wanted = data if denoise else law.noised(grid[-1])
+    evaluations = denoiser.evaluations / samples
+    return {
+        "tv": tv(wanted, found),
+        "tv_data": tv(data, found),
+        "floor": tv_floor(wanted, samples),
+        "evaluations": evaluations,
+    }
 
 
 def measured(

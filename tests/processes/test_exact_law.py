@@ -1,6 +1,7 @@
 """The tables of the derivation: laws of samplers on enumerable targets, exactly, and the bounds on them."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -342,9 +343,7 @@ def test_laws_and_rates_equal_dense_matrices():
     for t in (0.1, 1.0, 5.0):
         assert np.allclose(Uniform(3).transition(time(t)).numpy(), scipy.expm(t * q), atol=1e-14, rtol=0)
     eye = np.eye(3)
-    generator = sum(
-        np.kron(np.kron(*pair[:2]), pair[2]) for pair in ([q, eye, eye], [eye, q, eye], [eye, eye, q])
-    )
+    generator = sum(np.kron(np.kron(*pair[:2]), pair[2]) for pair in ([q, eye, eye], [eye, q, eye], [eye, eye, q]))
     dense = law.data.flatten().numpy() @ scipy.expm(0.7 * generator)
     assert np.allclose(law.noised(time(0.7)).numpy(), dense, atol=1e-14, rtol=0)
     jumps = law.rates(time(0.7)[None])[0]
@@ -380,7 +379,7 @@ def test_flow_matching_makes_fewer_jumps_than_the_reverse_chain():
     law, grid, moves = ising(), uniform_grid(ising(), 8.0, 0.0, 128), {}
     for corrector in (0.0, 1.0):
         sampler, now, moves[corrector] = Frozen(corrector), law.limit, 0.0
-        for t, u in zip(grid, grid[1:]):
+        for t, u in pairwise(grid):
             after = law.step(sampler, law.denoiser(), now, t, u)
             moves[corrector] += law.moves(sampler, law.denoiser(), now, after, t, u)
             now = after
@@ -413,6 +412,6 @@ def test_what_cannot_be_enumerated_or_is_no_law_is_refused():
         masked().propagate(Ordered(), masked().denoiser(), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="absorbing kernel"):
         law.propagate(FirstHitting(), law.denoiser(), torch.tensor([1.0, 0.1]))
+    big = uniform_law(torch.full((2,) * 17, 2.0**-17, dtype=torch.float64))
     with pytest.raises(ValueError, match="65,536"):
-        big = uniform_law(torch.full((2,) * 17, 2.0**-17, dtype=torch.float64))
         big.propagate(Tweedie(), big.denoiser(), torch.tensor([1.0, 0.5]))
