@@ -264,3 +264,9 @@ class DensityBatch(TypedDict):
     ids: list[str]
     half_maps: NotRequired[Float[Tensor, "batch 2 depth height width"]]
     mask: NotRequired[Float[Tensor, "batch depth height width"]]
+
+
+class CategoryBatch(TypedDict):
+    """Rows of d letters, numbers from 0: what a categorical process noises and learns to restore."""
+
+    x: Int[Tensor, "batch d"]
