@@ -178,3 +178,26 @@ class RoundBatch(TypedDict):
     """
 
     rounds: Int[Tensor, " rounds"]
+
+
+class DensityBatch(TypedDict):
+    """Cubes of cryo-EM density, axes z, y, x, in the units that a prior is trained in: (v / scale - mean) / std.
+
+    v is a map's own density, `scale` the map's value that counts as 1 (a high percentile of the whole map), `mean` and
+    `std` belong to the data set and are the same in every batch. `voxel_size` is in angstrom. The centre of a cube is
+    the voxel D // 2 of each axis. `place` is a crop's place in the endless stream of training, or its number in an
+    evaluation: what a method draws for a row may depend on the seed and this alone, and is then the same on any number
+    of processes. In an evaluation `place` may occur twice, on two processes, so that all have as many batches. `ids`
+    are the entries' names. Half maps and a mask are there where all entries of the data set have them: `half_maps` in
+    the same units and with the same scale as `voxels`, `mask` in [0, 1].
+    """
+
+    voxels: Float[Tensor, "batch depth height width"]
+    voxel_size: Float[Tensor, " batch"]
+    scale: Float[Tensor, " batch"]
+    mean: Float[Tensor, ""]
+    std: Float[Tensor, ""]
+    place: Int[Tensor, " batch"]
+    ids: list[str]
+    half_maps: NotRequired[Float[Tensor, "batch 2 depth height width"]]
+    mask: NotRequired[Float[Tensor, "batch depth height width"]]
