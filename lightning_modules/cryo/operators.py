@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_modules.cryo.fourier import (
     Curve,
     Maps,
+    Spectrum,
     filtered,
     fsc,
     inverse,
@@ -52,12 +53,12 @@ class Operator(Protocol):
 class FourierOperator:
     """F y = gain F x + F n with independent noise of power `noise_power` = E|F n|^2, both on the half spectrum.
 
-    `gain` is real and even; where it is zero nothing is measured, and noise there has no meaning. Where something is
-    measured without noise (`exact`), data can only be put in, not weighed.
+    `gain` is real and even; where it is zero nothing is measured, and noise there has no meaning. What is measured
+    without noise (`exact`) can only be put in, not weighed. Maps of a batch may have noise powers of their own.
     """
 
     gain: Half
-    noise_power: Half
+    noise_power: Spectrum
 
     @property
     def side(self) -> int:
@@ -72,7 +73,7 @@ class FourierOperator:
     @property
     def exact(self) -> bool:
         """Whether what is measured is free of noise."""
-        return not bool((self.noise_power[self.mask] > 0).any())
+        return not bool((self.noise_power * self.mask > 0).any())
 
     def __matmul__(self, inner: "FourierOperator") -> "FourierOperator":
         """This measurement of what `inner` returns: gains multiply, and `inner`'s noise passes through this gain."""
@@ -89,7 +90,7 @@ class FourierOperator:
     def measure(self, volumes: Maps, generator: torch.Generator) -> Maps:
         """y = A x + n, with other noise for every map."""
         power = (self.noise_power * self.mask).to(volumes.dtype)
-        return self(volumes) + shaped_noise(power.expand(*volumes.shape[:-3], -1, -1, -1), self.side, generator)
+        return self(volumes) + shaped_noise(power.expand(*volumes.shape[:-3], *power.shape[-3:]), self.side, generator)
 
     def misfit(self, volumes: Maps, measured: Maps, spread: float | Tensor = 0.0) -> Float[Tensor, "*batch"]:
         """1/2 sum |F(A x - y)|^2 / (S + spread N^3 gain^2) over the measured voxels of the whole spectrum, per map.
@@ -98,7 +99,8 @@ class FourierOperator:
         """
         power = self.noise_power + spread * self.side**3 * self.gain.square()
         weight = torch.where(self.mask, multiplicity(self.side, self.gain.device) / power, 0.0)
-        residual = transform(self(volumes) - measured)
+        seen = transform(volumes)
+        residual = self.gain.to(seen.real.dtype) * seen - transform(measured)
         squared = residual.real.square() + residual.imag.square()
         return 0.5 * (squared * weight.to(squared.dtype)).sum((-3, -2, -1))
 
@@ -124,13 +126,13 @@ class FourierOperator:
 # Single-particle maps: noise by shell
 
 
-def spectral_noise(power: Float[Tensor, " shells"], side: int) -> FourierOperator:
+def spectral_noise(power: Float[Tensor, "*batch shells"], side: int) -> FourierOperator:
     """Every voxel is measured, with noise of this power in every shell 0..N/2; corners get the last shell's."""
     noise = on_shells(power.double(), side)
-    return FourierOperator(torch.ones_like(noise), noise)
+    return FourierOperator(torch.ones_like(noise[(0,) * (noise.ndim - 3)]), noise)
 
 
-def anisotropic_noise(power: Float[Tensor, " shells"], amplification: Half) -> FourierOperator:
+def anisotropic_noise(power: Float[Tensor, "*batch shells"], amplification: Half) -> FourierOperator:
     """Noise with this mean power by shell, shared within a shell as `amplification` says.
 
     S(k) = S(|k|) count(|k|) m(k) / sum of m over the shell: uneven orientations leave some directions noisier, while
@@ -159,24 +161,37 @@ class Spectra:
         """1 / (1 + S / P): the part of a shell that comes from the data when the prior has the signal's power."""
         return self.signal / (self.signal + self.noise)
 
-    def operator(self, side: int) -> FourierOperator:
-        """The measurement that one half map is."""
-        return spectral_noise(self.noise, side)
+    def on(self, side: int) -> "Spectra":
+        """The same for cubes of another side cut from these maps: E|F n|^2 grows with their voxels."""
+        share = (side / (2 * (len(self.noise) - 1))) ** 3
+        correlation, signal, noise = (resampled(curve, side) for curve in (self.correlation, self.signal, self.noise))
+        return Spectra(correlation, signal * share, noise * share)
 
 
-def estimated(first: Float[Tensor, "n n n"], second: Float[Tensor, "n n n"], smallest: float = 1e-9) -> Spectra:
+def resampled(curve: Float[Tensor, " shells"], side: int) -> Float[Tensor, " others"]:
+    """A curve over frequency at the shells of a cube of another even side, linearly, both having one Nyquist."""
+    where = torch.linspace(0, len(curve) - 1, side // 2 + 1, dtype=curve.dtype, device=curve.device)
+    below = where.floor().long().clamp(max=len(curve) - 2)
+    return torch.lerp(curve[below], curve[below + 1], where - below)
+
+
+def estimated(first: Maps, second: Maps, seen: Tensor | None = None, smallest: float = 1e-9) -> Spectra:
     """Signal and noise from two half maps: SNR = F / (1 - F), S = P_y / (1 + SNR), signal = P_y - S.
 
-    P_y is the mean of the halves' spectra; an FSC of zero or below counts as the SNR `smallest`.
+    P_y is the mean of the halves' spectra over the measured voxels `seen` of the half spectrum, by default all; an FSC
+    of zero or below counts as the SNR `smallest`.
     """
+    side = first.shape[-1]
     correlation = fsc(first, second)
     ratio = signal_to_noise(correlation, smallest)
     measured = (power_spectrum(first) + power_spectrum(second)) / 2
+    if seen is not None:
+        measured = measured / shell_mean(seen.double(), side)
     noise = measured / (1 + ratio)
     return Spectra(correlation, measured - noise, noise)
 
 
-def noise_for(truth: Float[Tensor, "n n n"], correlation: Float[Tensor, " shells"]) -> Curve:
+def noise_for(truth: Maps, correlation: Float[Tensor, " shells"]) -> Curve:
     """The noise power S = P / SNR at which half maps of `truth` have this FSC; SNR is at least 1e-3."""
     return power_spectrum(truth) / signal_to_noise(correlation.double())
 
