@@ -114,6 +114,11 @@ class Restoration:
 
     def noise(self, number: int, half: int, like: Tensor) -> Volume:
         """The noise that a draw of a half begins with: one volume for all tiles, the same on every device."""
-        digest = hashlib.sha256(f"{self.seed}/{number}/{half}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
-        return torch.randn((self.tiling.side,) * 3, generator=generator).to(like)
+        noise = torch.randn((self.tiling.side,) * 3, generator=seeded(self.seed, number, half))
+        return noise.to(like)
+
+
+def seeded(*of: object) -> torch.Generator:
+    """The generator, on the CPU, of what depends on these things alone."""
+    digest = hashlib.sha256("/".join(map(str, of)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
