@@ -3,9 +3,9 @@
 Axes are z, y, x. What is random about a cube is a function of the seed and of its place in the stream alone.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from datamodules.batches import DensityBatch
 from datamodules.rotations import CUBE, random_rotation, rotated, turned
 from datamodules.steps import StepIndexed
 
+MEASURED = 256
 ROTATIONS = ("none", "cube24", "so3")
 STREAMS = {"train": 0, "measure": 1, "val": 2, "test": 3}
 
 
+@runtime_checkable
 class Volume(Protocol):
     """A processed map. `grids` has `density` over `scale`, and where known `half1`, `half2`, `mask`, of one shape."""
 
@@ -50,7 +52,7 @@ class WholeMap:
 
 @dataclass(frozen=True)
 class Cropping:
-    """How a cube is cut: its edge in voxels, the rotations, a shift of at most so many voxels along each axis.
+    """How a cube is cut: its edge in voxels, how it is rotated, by how many voxels at most a whole map is moved.
 
     `occupied` is the share of cubes about a voxel near density; None draws their centres evenly over the map.
     """
@@ -85,8 +87,10 @@ def crop(volume: Volume, cropping: Cropping, rng: np.random.Generator) -> dict[s
     """The same random cube of each of a volume's grids."""
     box, grids = cropping.box, volume.grids()
     centre = volume.centre(rng, box // 2, cropping.occupied)
-    centre = centre + rng.integers(-cropping.shift, cropping.shift, 3, endpoint=True)
-    cutting = cut_periodic if isinstance(volume, WholeMap) else cut
+    cutting = cut
+    if isinstance(volume, WholeMap):
+        cutting = cut_periodic
+        centre = centre + rng.integers(-cropping.shift, cropping.shift, 3, endpoint=True)
     if cropping.rotation == "none":
         return {name: cutting(grid, centre, box) for name, grid in grids.items()}
     # a plane more where the box is even, which makes the rotation about box // 2 exact
@@ -136,7 +140,7 @@ class Cook:
             halves = [np.stack([z(found["half1"]), z(found["half2"])]) for found in crops]
             batch["half_maps"] = torch.from_numpy(np.stack(halves))
         if all("mask" in found for found in crops):
-            batch["mask"] = torch.from_numpy(np.stack([found["mask"] for found in crops]))
+            batch["mask"] = torch.from_numpy(np.stack([found["mask"].clip(0, 1) for found in crops]))
         return batch
 
 
@@ -175,10 +179,10 @@ class TrainCrops(StepIndexed):
 
 
 class EvalCrops(Dataset):
-    """`per_map` crops of every volume, unrotated: the one about its centre, then about places that a seed draws.
+    """Crops of every volume, unrotated: the one about its centre, then `per_map` - 1 about places that a seed draws.
 
-    Process `rank` of `world` has every world-th; all have as many batches of `rows`, the last ones filled up with crops
-    from the beginning, whose `place` says so.
+    A whole map has one crop. Process `rank` of `world` has every world-th; all have as many batches of up to `rows`,
+    for which a crop from the beginning may come once more, as its `place` says.
     """
 
     def __init__(
@@ -192,38 +196,41 @@ class EvalCrops(Dataset):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.cook, self.cropping, self.seed, self.purpose = cook, cropping, seed, purpose
-        self.crops, self.rows, self.rank, self.world = len(cook.volumes) * per_map, rows, rank, world
+        self.cook, self.cropping, self.rows, self.seed, self.purpose = cook, cropping, rows, seed, purpose
+        numbers = range(len(cook.volumes))
+        several = [number for number in numbers if not isinstance(cook.volumes[number], WholeMap)]
+        self.crops = [
+            *((number, 0) for number in numbers),
+            *((n, again) for again in range(1, per_map) for n in several),
+        ]
+        shared = -(-len(self.crops) // world) * world
+        self.places = [place % len(self.crops) for place in range(rank, shared, world)]
 
     def __len__(self) -> int:
-        return -(-self.crops // (self.rows * self.world))
+        return -(-len(self.places) // self.rows)
 
-    def __getitem__(self, number: int) -> DensityBatch:
-        if number >= len(self):
-            raise IndexError(number)
-        first = number * self.rows * self.world + self.rank
-        places = [place % self.crops for place in range(first, first + self.rows * self.world, self.world)]
-        numbers = [place % len(self.cook.volumes) for place in places]
-        return self.cook(numbers, places, [self._crop(place) for place in places])
+    def __getitem__(self, batch: int) -> DensityBatch:
+        if batch >= len(self):
+            raise IndexError(batch)
+        places = self.places[batch * self.rows : (batch + 1) * self.rows]
+        return self.cook([self.crops[place][0] for place in places], places, [self._crop(place) for place in places])
 
-    def _crop(self, place: int) -> dict[str, np.ndarray]:
-        around, number = divmod(place, len(self.cook.volumes))
+    def _crop(self, place: int) -> dict[str, Float[np.ndarray, "box box box"]]:
+        number, again = self.crops[place]
         volume = self.cook.volumes[number]
-        if around:
+        if again:
             return crop(volume, self.cropping, random_stream(self.seed, self.purpose, place))
         cutting = cut_periodic if isinstance(volume, WholeMap) else cut
-        grids = volume.grids()
-        return {name: cutting(grid, np.array(grid.shape) // 2, self.cropping.box) for name, grid in grids.items()}
+        centre = {name: np.array(grid.shape) // 2 for name, grid in volume.grids().items()}
+        return {name: cutting(grid, centre[name], self.cropping.box) for name, grid in volume.grids().items()}
 
 
-def measured(
-    volumes: Sequence[Volume], cropping: Cropping, seed: int, count: Callable[[int], int] = lambda maps: min(256, maps)
-) -> Normalisation:
-    """Mean and standard deviation over the voxels of one crop each of up to 256 volumes, spread evenly."""
-    chosen = np.linspace(0, len(volumes) - 1, count(len(volumes))).round().astype(int).tolist()
-    plain = Cropping(cropping.box, occupied=cropping.occupied)
-    sums = np.zeros(3)
-    for place, number in enumerate(chosen):
+def measured(volumes: Sequence[Volume], cropping: Cropping, seed: int) -> Normalisation:
+    """Mean and standard deviation over the voxels of 256 crops, of as many volumes as possible, spread evenly."""
+    plain, sums = Cropping(cropping.box, occupied=cropping.occupied), np.zeros(3)
+    crops = min(MEASURED, len(volumes)) if isinstance(volumes[0], WholeMap) else MEASURED
+    for place in range(crops):
+        number = place * len(volumes) // crops
         found = crop(volumes[number], plain, random_stream(seed, "measure", place))["density"].astype(np.float64)
         sums += found.size, found.sum(), (found**2).sum()
     mean = sums[1] / sums[0]
