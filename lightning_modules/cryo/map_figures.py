@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.cryo.fourier import Resolution, resolution, to_truth
+from lightning_modules.cryo.fourier import Resolution, resolution
 
 Volume = Float[Tensor, "n n n"]
 STYLES = {
@@ -76,22 +76,30 @@ def fsc_curves(curves: Mapping[str, Float[Tensor, "*map shells"]], side: int, vo
 
 
 def half_map_report(
-    correlation: Float[Tensor, " shells"], data_weight: Float[Tensor, " shells"], side: int, voxel_size: float
+    correlation: Float[Tensor, " shells"],
+    data_weight: Float[Tensor, " shells"],
+    side: int,
+    voxel_size: float,
+    finest_voxel: float = 0.0,
 ) -> Figure:
-    """FSC between half maps with its resolution, and the part of every shell that comes from the data."""
+    """FSC between half maps with its resolution, and the part of every shell of their mean that comes from the data.
+
+    Shells finer than two voxels of `finest_voxel` angstrom, which a prior does not reach, are hatched.
+    """
     figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
     frequency = _frequencies(len(correlation) - 1, side, voxel_size)
     found = resolution(correlation, side, voxel_size)
-    axis.plot(frequency, correlation[1:], color="C0", label=f"FSC of the half maps as given, {written(found)} at 0.143")
-    axis.plot(frequency, to_truth(correlation[1:]), color="C0", linestyle=":", label=r"$C_{ref}$ of their mean")
-    axis.fill_between(
-        frequency, data_weight[1:], color="C1", alpha=0.2, label="weight of the data in a half map", linewidth=0
-    )
-    for threshold in (0.143, 0.5):
-        axis.axhline(threshold, color="lightgray", linewidth=0.8, zorder=0)
+    axis.plot(frequency, correlation[1:], color="C0", label=f"FSC of the half maps: {written(found)} at 0.143")
+    axis.fill_between(frequency, data_weight[1:], color="C1", alpha=0.25, label="weight of the data", linewidth=0)
+    axis.fill_between(frequency, data_weight[1:], 1, color="C0", alpha=0.12, label="weight of the prior", linewidth=0)
+    if finest_voxel > voxel_size:
+        label = "finer than the prior: filtered only"
+        axis.axvspan(0.5 / finest_voxel, frequency[-1], fill=False, hatch="//", color="gray", alpha=0.5, label=label)
+    axis.axhline(0.143, color="gray", linewidth=0.8, linestyle=":", zorder=0)
     axis.set(ylim=(-0.05, 1.03), ylabel="FSC, weight", title="what the half maps say")
     _angstroms(axis)
-    axis.legend(fontsize=8)
+    axis.set_xlim(right=float(frequency[-1]))
+    axis.legend(fontsize=7)
     return figure
 
 

@@ -27,6 +27,7 @@ from lightning_modules.cryo.fourier import (
     shaped_noise,
     shell_mean,
     signal_to_noise,
+    to_truth,
     transform,
     wave_vectors,
 )
@@ -161,34 +162,46 @@ class Spectra:
         """1 / (1 + S / P): the part of a shell that comes from the data when the prior has the signal's power."""
         return self.signal / (self.signal + self.noise)
 
-    def on(self, side: int) -> "Spectra":
-        """The same for cubes of another side cut from these maps: E|F n|^2 grows with their voxels."""
-        share = (side / (2 * (len(self.noise) - 1))) ** 3
-        correlation, signal, noise = (resampled(curve, side) for curve in (self.correlation, self.signal, self.noise))
+    @property
+    def of_mean(self) -> "Spectra":
+        """The same for the mean of both half maps, whose noise is half as strong."""
+        return Spectra(to_truth(self.correlation), self.signal, self.noise / 2)
+
+    def on(self, side: int, coarser: float = 1.0) -> "Spectra":
+        """The same for cubes of `side` voxels cut from these maps, of voxels that are `coarser` times as wide.
+
+        E|F n|^2 grows with the number of voxels, and falls with the band that is left of white noise.
+        """
+        here = 2 * (len(self.noise) - 1)
+        share = (side / here / coarser) ** 3
+        where = torch.arange(side // 2 + 1, dtype=self.noise.dtype) * here / (side * coarser)
+        correlation, signal, noise = (_read_at(curve, where) for curve in (self.correlation, self.signal, self.noise))
         return Spectra(correlation, signal * share, noise * share)
 
 
-def resampled(curve: Float[Tensor, " shells"], side: int) -> Float[Tensor, " others"]:
-    """A curve over frequency at the shells of a cube of another even side, linearly, both having one Nyquist."""
-    where = torch.linspace(0, len(curve) - 1, side // 2 + 1, dtype=curve.dtype, device=curve.device)
+def _read_at(curve: Float[Tensor, " shells"], where: Float[Tensor, " others"]) -> Float[Tensor, " others"]:
+    """A curve between its shells, linearly; its last value beyond them."""
+    where = where.clamp(max=len(curve) - 1)
     below = where.floor().long().clamp(max=len(curve) - 2)
     return torch.lerp(curve[below], curve[below + 1], where - below)
 
 
-def estimated(first: Maps, second: Maps, seen: Tensor | None = None, smallest: float = 1e-9) -> Spectra:
+def estimated(
+    first: Maps, second: Maps, seen: Half | None = None, filled: float = 1.0, smallest: float = 1e-9
+) -> Spectra:
     """Signal and noise from two half maps: SNR = F / (1 - F), S = P_y / (1 + SNR), signal = P_y - S.
 
     P_y is the mean of the halves' spectra over the measured voxels `seen` of the half spectrum, by default all; an FSC
-    of zero or below counts as the SNR `smallest`.
+    of zero or below counts as the SNR `smallest`. Where the maps are zero in all but a part `filled` of the box, noise
+    there is 1 / `filled` times as strong as in the mean.
     """
-    side = first.shape[-1]
     correlation = fsc(first, second)
     ratio = signal_to_noise(correlation, smallest)
     measured = (power_spectrum(first) + power_spectrum(second)) / 2
     if seen is not None:
-        measured = measured / shell_mean(seen.double(), side)
+        measured = measured / shell_mean(seen.double(), first.shape[-1])
     noise = measured / (1 + ratio)
-    return Spectra(correlation, measured - noise, noise)
+    return Spectra(correlation, measured - noise, noise / filled)
 
 
 def noise_for(truth: Maps, correlation: Float[Tensor, " shells"]) -> Curve:

@@ -14,6 +14,7 @@ from lightning_modules.cryo.fourier import (
     on_shells,
     power_spectrum,
     radius,
+    shaped_noise,
     shell_mean,
     transform,
 )
@@ -22,6 +23,7 @@ from lightning_modules.cryo.operators import (
     Microscope,
     Operator,
     Projections,
+    Spectra,
     amplified,
     anisotropic_noise,
     estimated,
@@ -211,3 +213,17 @@ def test_noise_of_half_maps_gives_the_curve_it_was_made_for(rng):
     halves = spectral_noise(noise_for(truth, curve), 32).measure(truth.expand(2, -1, -1, -1), rng)
     assert (fsc(*halves) - curve)[3:].abs().mean() < 0.05
     assert inverse(transform(halves), 32).dtype == torch.float64
+
+
+def test_noise_of_cubes_cut_from_a_map_and_of_coarser_voxels_is_predicted(rng):
+    """White and coloured noise of a box of 32 in cubes of 16, and after Fourier cropping to half as many voxels."""
+    power = torch.linspace(9.0, 3.0, 17, dtype=torch.float64) * 32**3
+    noise = shaped_noise(on_shells(power, 32).expand(60, -1, -1, -1), 32, rng)
+    whole = Spectra(torch.ones_like(power), power, power)
+    cut = power_spectrum(noise[:, :16, 8:24, 16:]).mean(0)
+    assert (cut / whole.on(16).noise - 1)[2:].abs().max() < 0.1
+    spectrum = torch.fft.fftshift(torch.fft.fftn(noise, dim=(1, 2, 3)), dim=(1, 2, 3))[:, 8:24, 8:24, 8:24] / 8
+    coarse = torch.fft.ifftn(torch.fft.ifftshift(spectrum, dim=(1, 2, 3)), dim=(1, 2, 3)).real
+    cropped = power_spectrum(coarse).mean(0)
+    assert (cropped / whole.on(16, 2.0).noise - 1)[1:-1].abs().max() < 0.1
+    assert torch.equal(whole.of_mean.noise, power / 2)
