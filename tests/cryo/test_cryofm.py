@@ -1,0 +1,144 @@
+"""The prior through the platform: it learns, samples, goes on after a kill, and is one on any number of processes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mrcfile
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from lightning_modules.cryo import prior
+from tests.waiting import until
+
+TINY = (
+    *("model=cryofm", "data=emdb_sim", "data.box=8", "data.voxel_size=6.0", "data.simulation.resolution=16.0"),
+    *("data.simulation.train=16", "data.simulation.val=3", "data.simulation.test=3", "data.batch_size=4"),
+    *("data.shift=1", "model.network.widths=[8,16]", "model.network.time_width=16"),
+    *("trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1", "scheduler.warmup=4"),
+    *("callbacks.checkpoint_every=3", "model.samples={count: 3, steps: 4, batch: 2}"),
+)
+TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
+
+
+@pytest.fixture
+def carried_out(told):
+    def carried_out(output: Path, *words: str) -> Path:
+        """The folder of a finished run, made in this process."""
+        status, err = told(*TINY, *words, f"output={output}")
+        assert status == 0, err
+        (results,) = output.glob("cryofm/*/*/results.json")
+        return results.parent
+
+    return carried_out
+
+
+def start(output: Path, *words: str) -> subprocess.Popen:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, train.__file__, *TINY, *words, f"output={output}"], env=environment)
+
+
+def killed(output: Path, step: int, *words: str) -> None:
+    """A run that is killed once it has a checkpoint of that step."""
+    process = start(output, *words)
+    until(lambda: list(output.glob(f"cryofm/*/*/checkpoints/step-{step:06d}.ckpt")) or process.poll() is not None)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not list(output.glob("cryofm/*/*/results.json")), "the run was over before it could be killed"
+
+
+def column(run: Path, name: str = "train/loss") -> list[float]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def weights(run: Path) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in load_file(run / "export" / "model.safetensors").values()])
+
+
+def samples(run: Path) -> torch.Tensor:
+    return torch.stack([torch.from_numpy(mrcfile.read(path).copy()) for path in sorted(run.glob("samples/*.mrc"))])
+
+
+@pytest.fixture
+def alone(carried_out, tmp_path) -> Path:
+    return carried_out(tmp_path / "alone")
+
+
+def test_it_learns_and_leaves_results_figures_samples_and_a_prior(alone):
+    results = json.loads((alone / "results.json").read_text())
+    losses = column(alone, "val/loss")
+    assert losses[-1] < losses[0] < 2.5
+    assert results["headline"]["metric"] == "test/loss"
+    assert set(results["table"]) >= {"loss", "wiener", "t0.1_loss", "t0.9_loss", "sample_std", "log_power"}
+    figures = {path.stem for path in (alone / "figures").glob("*.png")}
+    assert figures == {"learning_curves", "loss_by_time", "samples", "spectra"}
+    assert samples(alone).shape == (3, 8, 8, 8)
+    assert prior.load(alone / "export").box == 8
+
+
+def test_the_exported_prior_is_the_mean_that_was_tested_and_a_run_can_start_from_it(alone, carried_out, tmp_path):
+    again = carried_out(tmp_path / "again", f"model.weights={alone / 'export'}", "stages=[test]", "sampler=heun")
+    assert column(again, "test/loss") == column(alone, "test/loss")
+    assert torch.equal(samples(again), samples(alone))
+    other = carried_out(tmp_path / "other", f"model.weights={alone / 'export'}", "stages=[predict]", "sampler=ddim")
+    assert samples(other).shape == (3, 8, 8, 8)
+    assert not torch.equal(samples(other), samples(alone))
+
+
+def test_begun_on_two_sharded_processes_and_finished_on_one(alone, carried_out, tmp_path):
+    killed(tmp_path / "two", 12, "trainer=fsdp", *TWO)
+    again = carried_out(tmp_path / "two")
+    assert column(again) == pytest.approx(column(alone), abs=1e-5)
+    assert column(again, "val/loss") == pytest.approx(column(alone, "val/loss"), abs=1e-5)
+    torch.testing.assert_close(weights(again), weights(alone), atol=1e-5, rtol=0)
+
+
+def test_sizes_samplers_and_laws_that_do_not_fit_are_refused(told, tmp_path):
+    for word, sentence in {
+        "data.box=10": "data.box=10: the network makes one of 4 voxels an edge",
+        "model.times=cosine": "model.times=cosine: there are uniform, logit_normal",
+        "model.decay=1.0": "model.decay=1.0: the mean of the weights needs a decay in [0, 1)",
+        "model.samples.steps=0": "model.samples.steps=0 must be positive",
+        f"model.weights={tmp_path / 'none.safetensors'}": "is no file",
+    }.items():
+        status, err = told(*TINY, word, f"output={tmp_path}")
+        assert status != 0
+        assert sentence in err
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_is_equal_to_the_byte(alone, carried_out, tmp_path):
+    killed(tmp_path / "cut", 12)
+    again = carried_out(tmp_path / "cut")
+    assert column(again) == column(alone)
+    assert torch.equal(weights(again), weights(alone))
+    assert torch.equal(samples(again), samples(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("trainer=ddp",), ("trainer=fsdp",), ("trainer=ddp", "optimizer=mars")])
+def test_two_processes_are_one(words, carried_out, tmp_path):
+    one = carried_out(tmp_path / "one", *words[1:])
+    assert start(tmp_path / "two", *words, *TWO).wait(600) == 0
+    (two,) = (path.parent for path in (tmp_path / "two").glob("cryofm/*/*/results.json"))
+    for name in ("train/loss", "val/loss", "test/loss"):
+        assert column(two, name) == pytest.approx(column(one, name), abs=1e-5)
+    torch.testing.assert_close(samples(two), samples(one), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_450_steps_beat_the_shell_wiener_prediction_at_every_time(told, tmp_path):
+    status, err = told("model=cryofm", "data=emdb_sim", f"output={tmp_path}")
+    assert status == 0, err
+    (results,) = tmp_path.glob("cryofm/*/*/results.json")
+    metrics = json.loads(results.read_text())["metrics"]
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        assert metrics[f"test/t{t}_loss"] < metrics[f"test/t{t}_wiener"]
+    assert metrics["test/log_power"] < 0.6
