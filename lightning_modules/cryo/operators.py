@@ -193,9 +193,11 @@ def estimated(
 
     P_y is the mean of the halves' spectra over the measured voxels `seen` of the half spectrum, by default all; an FSC
     of zero or below counts as the SNR `smallest`. Where the maps are zero in all but a part `filled` of the box, noise
-    there is 1 / `filled` times as strong as in the mean.
+    there is 1 / `filled` times as strong as in the mean. Shell 0 is a single number, which correlates with any other
+    one entirely: it has the ratio of shell 1.
     """
     correlation = fsc(first, second)
+    correlation[..., 0] = correlation[..., 1]
     ratio = signal_to_noise(correlation, smallest)
     measured = (power_spectrum(first) + power_spectrum(second)) / 2
     if seen is not None:

@@ -148,11 +148,6 @@ class Trials:
             if getattr(self, name) < 1:
                 raise ValueError(f"model.trials.{name}={getattr(self, name)}: at least 1")
 
-    def evaluations(self, task: Task, maps: int) -> int:
-        """Steps of all draws of a task."""
-        halves = 1 if isinstance(task, Wedge) else 2
-        return self.steps * self.draws * halves
-
     def __call__(
         self,
         name: str,
@@ -199,3 +194,30 @@ class Trials:
                 drawn = draw(prior, guidance, inner, measured, noise.to(measured), self.sampler, grid, progress)
                 total += drawn * std + mean
         return total / (self.draws * halves.shape[1])
+
+
+def scores_csv(scores: dict[str, dict[str, Float64[Tensor, " map"]]]) -> str:
+    """FSC-AUC by task, kind and map, a line each."""
+    lines = [
+        f"{task},{kind},{number},{score:.6f}"
+        for task, kinds in scores.items()
+        for kind, found in kinds.items()
+        for number, score in enumerate(found.tolist())
+    ]
+    return "\n".join(["task,kind,map,fsc_auc", *lines, ""])
+
+
+def score_table(scores: dict[str, dict[str, Float64[Tensor, " map"]]]) -> str:
+    """A table in Markdown: means with their range, and in how many maps each was beaten by the restoration."""
+    lines = [
+        "FSC-AUC with the truth of held-out maps that were measured in silico.",
+        "",
+        "| task | | mean | lowest ... highest | restoration is better in |",
+        "|---|---|---|---|---|",
+    ]
+    for task, kinds in scores.items():
+        for kind, found in kinds.items():
+            won = f"{int((kinds['restored'] > found).sum())} of {len(found)}" if kind != "restored" else ""
+            extremes = f"{found.min():.3f} ... {found.max():.3f}"
+            lines.append(f"| {task} | {kind.replace('_', ' ')} | {found.mean():.3f} | {extremes} | {won} |")
+    return "\n".join([*lines, ""])

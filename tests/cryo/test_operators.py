@@ -161,6 +161,13 @@ def test_noise_estimated_from_half_maps_is_the_noise_that_was_added(rng):
     assert ((found.data_weight >= 0) & (found.data_weight <= 1)).all()
 
 
+def test_the_mean_density_is_not_taken_for_known_without_noise(rng):
+    """One voxel always correlates to 1; taken at its word it would outweigh all others in a gradient."""
+    halves = torch.randn(2, 16, 16, 16, generator=rng, dtype=torch.float64) + 3
+    found = estimated(*halves)
+    assert found.noise[0] / (found.signal[0] + found.noise[0]) > 0.1
+
+
 def test_wiener_filtering_by_shell_cannot_raise_the_correlation(rng):
     """So what is gained over the observation comes from a prior or a mask."""
     truth = blobs(rng, 24)
