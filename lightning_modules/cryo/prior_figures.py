@@ -15,16 +15,19 @@ NAMES = {
     "voxel": ("linear, by voxel", {"color": "gray", "linestyle": "--"}),
     "zero": ("no prediction", {"color": "lightgray", "linestyle": "--"}),
 }
+LOSSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 def loss_by_time(times: Sequence[float], curves: dict[str, list[float]]) -> Figure:
     """Held-out loss against the time, with what is reached without learning."""
-    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(5, 4.2), layout="constrained")
     for name, (label, style) in NAMES.items():
         axis.plot(times, curves[name], label=label, **style)
     axis.set(xlabel="t (0 is data, 1 is noise)", ylabel="loss of the velocity", yscale="log", xticks=times)
+    axis.set_yticks(LOSSES, [f"{loss:g}" for loss in LOSSES])
+    axis.minorticks_off()
     axis.set_title("held-out density")
-    axis.legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import mrcfile
 import pytest
@@ -15,28 +16,34 @@ from safetensors.torch import load_file
 
 import train
 from lightning_modules.cryo import prior
+from lightning_modules.cryo.cryofm import CryoFM
 from tests.waiting import until
 
 TINY = (
     *("model=cryofm", "data=emdb_sim", "data.box=8", "data.voxel_size=6.0", "data.simulation.resolution=16.0"),
     *("data.simulation.train=16", "data.simulation.val=3", "data.simulation.test=3", "data.batch_size=4"),
     *("data.shift=1", "model.network.widths=[8,16]", "model.network.time_width=16"),
-    *("trainer.max_steps=24", "trainer.val_check_interval=8", "trainer.log_every_n_steps=1", "scheduler.warmup=4"),
-    *("callbacks.checkpoint_every=3", "model.samples={count: 3, steps: 4, batch: 2}"),
+    *("trainer.max_steps=24", "trainer.val_check_interval=12", "trainer.log_every_n_steps=1", "scheduler.warmup=4"),
+    *("callbacks.checkpoint_every=5", "model.samples={count: 3, steps: 4, batch: 2}"),
 )
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
-@pytest.fixture
-def carried_out(told):
-    def carried_out(output: Path, *words: str) -> Path:
-        """The folder of a finished run, made in this process."""
-        status, err = told(*TINY, *words, f"output={output}")
-        assert status == 0, err
-        (results,) = output.glob("cryofm/*/*/results.json")
-        return results.parent
+def run_here(output: Path, *words: str) -> int:
+    """The exit status of `train.py` in this process."""
+    with patch.object(sys, "argv", ["train.py", *TINY, *words, f"output={output}"]):
+        try:
+            train.main()
+        except SystemExit as leaving:
+            return leaving.code
+    return 0
 
-    return carried_out
+
+def carried_out(output: Path, *words: str) -> Path:
+    """The folder of a finished run, made in this process."""
+    assert run_here(output, *words) == 0
+    (results,) = output.glob("cryofm/*/*/results.json")
+    return results.parent
 
 
 def start(output: Path, *words: str) -> subprocess.Popen:
@@ -66,9 +73,9 @@ def samples(run: Path) -> torch.Tensor:
     return torch.stack([torch.from_numpy(mrcfile.read(path).copy()) for path in sorted(run.glob("samples/*.mrc"))])
 
 
-@pytest.fixture
-def alone(carried_out, tmp_path) -> Path:
-    return carried_out(tmp_path / "alone")
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    return carried_out(tmp_path_factory.mktemp("alone"))
 
 
 def test_it_learns_and_leaves_results_figures_samples_and_a_prior(alone):
@@ -83,7 +90,7 @@ def test_it_learns_and_leaves_results_figures_samples_and_a_prior(alone):
     assert prior.load(alone / "export").box == 8
 
 
-def test_the_exported_prior_is_the_mean_that_was_tested_and_a_run_can_start_from_it(alone, carried_out, tmp_path):
+def test_the_exported_prior_is_the_mean_that_was_tested_and_a_run_can_start_from_it(alone, tmp_path):
     again = carried_out(tmp_path / "again", f"model.weights={alone / 'export'}", "stages=[test]", "sampler=heun")
     assert column(again, "test/loss") == column(alone, "test/loss")
     assert torch.equal(samples(again), samples(alone))
@@ -92,8 +99,25 @@ def test_the_exported_prior_is_the_mean_that_was_tested_and_a_run_can_start_from
     assert not torch.equal(samples(other), samples(alone))
 
 
-def test_begun_on_two_sharded_processes_and_finished_on_one(alone, carried_out, tmp_path):
-    killed(tmp_path / "two", 12, "trainer=fsdp", *TWO)
+def test_a_run_that_broke_off_goes_on_to_the_same_weights_and_samples(alone, tmp_path):
+    step = CryoFM.optimizer_step
+
+    def breaks(self, *arguments, **keywords):
+        if self.global_step == 13:
+            raise OSError("the disk is full")
+        step(self, *arguments, **keywords)
+
+    with patch.object(CryoFM, "optimizer_step", breaks):
+        assert run_here(tmp_path) != 0
+    again = carried_out(tmp_path)
+    assert column(again) == column(alone)
+    assert torch.equal(weights(again), weights(alone))
+    assert torch.equal(samples(again), samples(alone))
+
+
+@pytest.mark.slow
+def test_begun_on_two_sharded_processes_and_finished_on_one(alone, tmp_path):
+    killed(tmp_path / "two", 10, "trainer=fsdp", *TWO)
     again = carried_out(tmp_path / "two")
     assert column(again) == pytest.approx(column(alone), abs=1e-5)
     assert column(again, "val/loss") == pytest.approx(column(alone, "val/loss"), abs=1e-5)
@@ -114,8 +138,8 @@ def test_sizes_samplers_and_laws_that_do_not_fit_are_refused(told, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_is_equal_to_the_byte(alone, carried_out, tmp_path):
-    killed(tmp_path / "cut", 12)
+def test_killed_and_started_again_it_is_equal_to_the_byte(alone, tmp_path):
+    killed(tmp_path / "cut", 10)
     again = carried_out(tmp_path / "cut")
     assert column(again) == column(alone)
     assert torch.equal(weights(again), weights(alone))
@@ -124,7 +148,7 @@ def test_killed_and_started_again_it_is_equal_to_the_byte(alone, carried_out, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [("trainer=ddp",), ("trainer=fsdp",), ("trainer=ddp", "optimizer=mars")])
-def test_two_processes_are_one(words, carried_out, tmp_path):
+def test_two_processes_are_one(words, tmp_path):
     one = carried_out(tmp_path / "one", *words[1:])
     assert start(tmp_path / "two", *words, *TWO).wait(600) == 0
     (two,) = (path.parent for path in (tmp_path / "two").glob("cryofm/*/*/results.json"))
