@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import lightning as L
 import mrcfile
 import pytest
 import torch
@@ -150,6 +151,12 @@ def method(**changes) -> CryoFM:
     return CryoFM(network, optimizer=torch.optim.SGD, scheduler=warmup_constant, seed=1, **settings | changes)
 
 
+def data(**known) -> L.LightningDataModule:
+    found = L.LightningDataModule()
+    vars(found).update(known)
+    return found
+
+
 def test_sizes_and_laws_that_do_not_fit_are_refused(tmp_path):
     for changes, sentence in (
         ({"times": "cosine"}, "model.times=cosine: there are uniform, logit_normal"),
@@ -160,8 +167,8 @@ def test_sizes_and_laws_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
             method(**changes)
-    with pytest.raises(ValueError, match="data.box=10: the network makes one of 4 voxels"):
-        method().meet(SimpleNamespace(box=10))
+    with pytest.raises(ValueError, match=r"data\.box=10: the network makes one of 4 voxels"):
+        method().meet(data(box=10))
 
 
 def test_a_sampler_of_categories_is_refused():
@@ -174,7 +181,7 @@ def test_a_sampler_of_categories_is_refused():
 
 def test_cubes_of_other_data_are_brought_into_the_units_of_the_prior():
     prior_of = method()
-    prior_of.meet(SimpleNamespace(box=8, voxel_size=3.0, normalisation=SimpleNamespace(mean=0.04, std=0.09)))
+    prior_of.meet(data(box=8, voxel_size=3.0, normalisation=SimpleNamespace(mean=0.04, std=0.09)))
     density = torch.rand(2, 8, 8, 8)
     other = {"voxels": (density - 0.1) / 0.2, "mean": torch.tensor(0.1), "std": torch.tensor(0.2)}
     torch.testing.assert_close(prior_of._standardised(other), (density - 0.04) / 0.09, rtol=1e-5, atol=1e-5)
