@@ -90,16 +90,16 @@ class CryoFM(Method):
         super().__init__(optimizer, scheduler)
         _check(sampler, times, decay, samples)
         self.build, self.network = network, network()
+        for name in ("mean", "std", "voxel_size"):  # of the data that the prior is trained on
+            self.register_buffer(name, torch.tensor(torch.nan))
         if weights:
-            _start_from(self.network, Path(weights))
+            self._start_from(Path(weights))
         self.averaged = network().requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.sampler, self.samples, self.seed, self.decay = sampler, samples, seed, decay
         self.trials = trials
         self.restorations: dict[str, Figure] = {}
         self.law = flow_matching.LAWS[times]
-        for name in ("mean", "std", "voxel_size"):  # of the data that the prior is trained on
-            self.register_buffer(name, torch.tensor(torch.nan))
         self.drawn: Float[Tensor, "count n n n"] | None = None
 
     def meet(self, data: L.LightningDataModule) -> None:
@@ -110,9 +110,22 @@ class CryoFM(Method):
                 f"data.box={data.box}: the network makes one of {edge} voxels an edge; take a multiple of that"
             )
         self.box = data.box
-        self.mean.fill_(data.normalisation.mean)
-        self.std.fill_(data.normalisation.std)
         self.voxel_size.fill_(data.voxel_size)
+        if self.mean.isnan():  # what a prior was trained in stays, whatever else it is then shown
+            self.mean.fill_(data.normalisation.mean)
+            self.std.fill_(data.normalisation.std)
+
+    def _start_from(self, source: Path) -> None:
+        """Take weights, and the units that they know, from the export folder of a run or from a published file."""
+        units = published.UNITS
+        if source.is_dir():
+            units, tensors = prior.read_config(source), folders.read(source)
+            published.refuse_another(self.network, tensors, source)
+            self.network.load_state_dict(tensors)
+        else:
+            published.load(self.network, source)
+        self.mean.fill_(units["mean"])
+        self.std.fill_(units["std"])
 
     def networks(self) -> dict[str, nn.Module]:
         return {"network": self.network}
@@ -304,16 +317,6 @@ class CryoFM(Method):
         if self.trainer.is_global_zero:
             units = {name: float(getattr(self, name)) for name in ("mean", "std", "voxel_size")}
             prior.save(folder, prior.DensityPrior(network, box=self.box, **units), self.build)
-
-
-def _start_from(network: nn.Module, source: Path) -> None:
-    """Fill a network from the export folder of a run, or from a published file."""
-    if not source.is_dir():
-        published.load(network, source)
-        return
-    tensors = folders.read(source)
-    published.refuse_another(network, tensors, source)
-    network.load_state_dict(tensors)
 
 
 def _check(sampler: Sampler, times: str, decay: float, samples: dict[str, int]) -> None:

@@ -204,7 +204,7 @@ class HDiT(nn.Module):
     `time_mlp` puts a small network in the place of the one matrix after
     the Fourier features of the time. With `checkpointing` activations of a layer are computed again in the backward
     pass. `backend` is as in `neighborhood_attention`. The output is zero at first.
-    Raises ValueError where widths and depths or widths and heads do not fit.
+    Raises ValueError where widths and depths or widths and heads do not fit, and for heads below 12 channels.
     """
 
     def __init__(
@@ -274,6 +274,10 @@ def _time_projection(width: int, mlp: bool) -> nn.Module:
 def _check(widths: tuple[int, ...] | list[int], depths: tuple[int, ...] | list[int], head: int) -> None:
     if len(widths) != len(depths) or not widths:
         raise ValueError(f"model.network.widths={list(widths)} and depths={list(depths)}: give both one number a level")
+    if head < 12:
+        raise ValueError(
+            f"model.network.head={head}: a head of fewer than 12 channels knows no places; take 12 or more"
+        )
     for width in widths:
         if width % head:
             raise ValueError(f"model.network.head={head} does not divide the width {width}: take a divisor")

@@ -3,12 +3,16 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
+import lightning as L
 import mrcfile
 import pytest
 import torch
@@ -17,21 +21,36 @@ from safetensors.torch import load_file
 import train
 from lightning_modules.cryo import prior
 from lightning_modules.cryo.cryofm import CryoFM
+from lightning_modules.cryo.unet import UNet
+from lightning_modules.optimizers.schedules import warmup_constant
+from lightning_modules.processes.ode import Heun, Sampler
 from tests.waiting import until
 
 TINY = (
     *("model=cryofm", "data=emdb_sim", "data.box=8", "data.voxel_size=6.0", "data.simulation.resolution=16.0"),
     *("data.simulation.train=16", "data.simulation.val=3", "data.simulation.test=3", "data.batch_size=4"),
-    *("data.shift=1", "model.network.widths=[8,16]", "model.network.time_width=16"),
+    "data.shift=1",
     *("trainer.max_steps=24", "trainer.val_check_interval=12", "trainer.log_every_n_steps=1", "scheduler.warmup=4"),
     *("callbacks.checkpoint_every=5", "model.samples={count: 3, steps: 4, batch: 2}"),
+)
+UNET_TOY = ("model.network.widths=[8,16]", "model.network.time_width=16")
+HDIT_TOY = (
+    "network@model.network=hdit_mini",
+    "model.network.widths=[24,24]",
+    "model.network.head=12",
+    "model.network.patch=2",
 )
 TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
 
 
+def _sized(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words, with a small network where they name none."""
+    return words if any(word.startswith("network@") for word in words) else (*UNET_TOY, *words)
+
+
 def run_here(output: Path, *words: str) -> int:
     """The exit status of `train.py` in this process."""
-    with patch.object(sys, "argv", ["train.py", *TINY, *words, f"output={output}"]):
+    with patch.object(sys, "argv", ["train.py", *TINY, *_sized(words), f"output={output}"]):
         try:
             train.main()
         except SystemExit as leaving:
@@ -48,7 +67,9 @@ def carried_out(output: Path, *words: str) -> Path:
 
 def start(output: Path, *words: str) -> subprocess.Popen:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, train.__file__, *TINY, *words, f"output={output}"], env=environment)
+    return subprocess.Popen(
+        [sys.executable, train.__file__, *TINY, *_sized(words), f"output={output}"], env=environment
+    )
 
 
 def killed(output: Path, step: int, *words: str) -> None:
@@ -124,17 +145,48 @@ def test_begun_on_two_sharded_processes_and_finished_on_one(alone, tmp_path):
     torch.testing.assert_close(weights(again), weights(alone), atol=1e-5, rtol=0)
 
 
-def test_sizes_samplers_and_laws_that_do_not_fit_are_refused(told, tmp_path):
-    for word, sentence in {
-        "data.box=10": "data.box=10: the network makes one of 4 voxels an edge",
-        "model.times=cosine": "model.times=cosine: there are uniform, logit_normal",
-        "model.decay=1.0": "model.decay=1.0: the mean of the weights needs a decay in [0, 1)",
-        "model.samples.steps=0": "model.samples.steps=0 must be positive",
-        f"model.weights={tmp_path / 'none.safetensors'}": "is no file",
-    }.items():
-        status, err = told(*TINY, word, f"output={tmp_path}")
-        assert status != 0
-        assert sentence in err
+def method(**changes) -> CryoFM:
+    settings = {"times": "uniform", "decay": 0.99, "samples": {"count": 1, "steps": 1, "batch": 1}, "sampler": Heun()}
+    network = partial(UNet, [8, 16], time_width=16)
+    return CryoFM(network, optimizer=torch.optim.SGD, scheduler=warmup_constant, seed=1, **settings | changes)
+
+
+def data(**known) -> L.LightningDataModule:
+    found = L.LightningDataModule()
+    vars(found).update(known)
+    return found
+
+
+def test_sizes_and_laws_that_do_not_fit_are_refused(tmp_path):
+    for changes, sentence in (
+        ({"times": "cosine"}, "model.times=cosine: there are uniform, logit_normal"),
+        ({"decay": 1.0}, "model.decay=1.0: the mean of the weights needs a decay in [0, 1)"),
+        ({"samples": {"steps": 0}}, "model.samples.steps=0 must be positive"),
+        ({"weights": str(tmp_path)}, "holds no prior (it has no config.json)"),
+        ({"weights": str(tmp_path / "absent")}, "is no file"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)):
+            method(**changes)
+    with pytest.raises(ValueError, match=r"data\.box=10: the network makes one of 4 voxels"):
+        method().meet(data(box=10))
+
+
+def test_a_sampler_of_categories_is_refused():
+    class Categorical(Sampler):
+        space = "categorical"
+
+    with pytest.raises(ValueError, match="densities are real numbers: take sampler=heun"):
+        method(sampler=Categorical())
+
+
+def test_cubes_of_other_data_are_brought_into_the_units_of_the_prior():
+    prior_of = method()
+    prior_of.meet(data(box=8, voxel_size=3.0, normalisation=SimpleNamespace(mean=0.04, std=0.09)))
+    density = torch.rand(2, 8, 8, 8)
+    other = {"voxels": (density - 0.1) / 0.2, "mean": torch.tensor(0.1), "std": torch.tensor(0.2)}
+    torch.testing.assert_close(prior_of._standardised(other), (density - 0.04) / 0.09, rtol=1e-5, atol=1e-5)
+    own = {"voxels": density, "mean": torch.tensor(0.04), "std": torch.tensor(0.09)}
+    assert torch.equal(prior_of._standardised(own), density)
 
 
 @pytest.mark.slow
@@ -147,7 +199,9 @@ def test_killed_and_started_again_it_is_equal_to_the_byte(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("trainer=ddp",), ("trainer=fsdp",), ("trainer=ddp", "optimizer=mars")])
+@pytest.mark.parametrize(
+    "words", [("trainer=ddp",), ("trainer=fsdp",), ("trainer=ddp", "optimizer=mars"), ("trainer=fsdp", *HDIT_TOY)]
+)
 def test_two_processes_are_one(words, tmp_path):
     one = carried_out(tmp_path / "one", *words[1:])
     assert start(tmp_path / "two", *words, *TWO).wait(600) == 0

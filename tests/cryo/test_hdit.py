@@ -162,7 +162,7 @@ def test_bfloat16_keeps_the_time():
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"depths": (1,)}, "one number a level"), ({"head": 7}, "does not divide")],
+    [({"depths": (1,)}, "one number a level"), ({"head": 16}, "does not divide"), ({"head": 8}, "knows no places")],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
