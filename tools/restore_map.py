@@ -113,9 +113,8 @@ class Settings:
             try:
                 given[name] = kinds[name](value)
             except ValueError:
-                raise ValueError(
-                    f"{word}: {name} is a {kinds[name].__name__}, such as {name}={getattr(cls, name)}"
-                ) from None
+                kind = {int: "a whole number", float: "a number"}[kinds[name]]
+                raise ValueError(f"{word}: {name} is {kind}, such as {name}={getattr(cls, name)}") from None
         settings = cls(**given)
         settings.check()
         return settings
