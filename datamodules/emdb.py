@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning as L
-import torch
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules import simulated_maps
 from datamodules.batches import DensityBatch
 from datamodules.emdb_download import download
+from datamodules.loaders import batch_loader
 from datamodules.map_cache import CachedMap, cached, file_digest
 from datamodules.map_crops import ROTATIONS, Cook, Cropping, EvalCrops, Normalisation, TrainCrops, Volume, measured
 from datamodules.map_entries import Entry, divided, find_entries
@@ -187,10 +187,13 @@ class EMDB(L.LightningDataModule):
 
     def _each(self, make: Callable[[Entry], Any], entries: list[Entry]) -> Iterable[tuple[Entry, Any]]:
         """Results in order, as many at a time as there are workers, with a bar on the first process."""
-        console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+        console = Console(stderr=True)
+        quiet = os.environ.get("RANK", "0") != "0" or not console.is_terminal
         with ThreadPoolExecutor(max(1, self.workers)) as pool:
             try:
-                made = track(pool.map(make, entries), "preparing maps", len(entries), console=console, transient=True)
+                made = track(
+                    pool.map(make, entries), "preparing maps", total=len(entries), console=console, disable=quiet
+                )
                 yield from zip(entries, made)
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -229,7 +232,7 @@ class EMDB(L.LightningDataModule):
             world=self.trainer.world_size,
             accumulate=self.trainer.accumulate_grad_batches,
         )
-        return self._loader(crops, FromStep(crops, lambda: self.trainer.global_step))
+        return batch_loader(crops, FromStep(crops, lambda: self.trainer.global_step), self.workers, self.seed)
 
     def val_dataloader(self) -> DataLoader:
         return self._whole("val")
@@ -254,18 +257,7 @@ class EMDB(L.LightningDataModule):
             rank=self.trainer.global_rank,
             world=world,
         )
-        return self._loader(crops, range(len(crops)))
-
-    def _loader(self, crops: Dataset, order: FromStep | range) -> DataLoader:
-        return DataLoader(
-            crops,
-            batch_size=None,
-            sampler=order,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            # its own: the workers' seeds that a loader draws must not move the generator of the run
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return batch_loader(crops, range(len(crops)), self.workers, self.seed)
 
 
 def _check(given: dict[str, Any]) -> None:

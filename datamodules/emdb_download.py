@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from datamodules.map_cache import alone, file_digest
@@ -40,8 +41,13 @@ def download(
     something broken.
     """
     numbers = [_number(accession) for accession in accessions]
-    with alone(folder / ".lock"), Progress(*COLUMNS, transient=True) as progress:
+    with alone(folder / ".lock"), _progress() as progress:
         return [_entry(number, folder, half_maps, archive, progress) for number in numbers]
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(*COLUMNS, console=console, disable=not console.is_terminal)
 
 
 def _number(accession: int | str) -> int:

@@ -78,7 +78,7 @@ def cached(entry: Entry, settings: Processing, cache: Path) -> CachedMap:
     """The processed map of an entry, from the cache when its files and all settings are the same."""
     key = _digest([VERSION, asdict(settings), *_what(entry, cache)])
     folder = cache / key[:32]
-    with alone(cache / f"{key[:32]}.lock"):
+    with alone(cache / "locks" / key[:32]):
         known = _recorded(folder)
         if known is None:
             known = _kept(folder, process(entry, settings), settings.box // 2)

@@ -4,7 +4,7 @@ import csv
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def find_entries(path: Path | str) -> list[Entry]:
         return read_manifest(manifest) if manifest.exists() else _in_folder(path)
     if path.suffix == ".csv":
         return read_manifest(path)
-    return named([regular_file(path)])
+    return [replace(entry, listed=True) for entry in named([regular_file(path)])]
 
 
 def _in_folder(folder: Path) -> list[Entry]:

@@ -8,6 +8,7 @@ import bz2
 import gzip
 import io
 import os
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ VOXEL_SIZES = (0.2, 20.0)  # angstrom: beyond that a header is taken for wrong
 WORKING_BYTES = 16  # a voxel needs of memory: as it is stored, as float32, and in a transform
 LARGEST_EDGE, LARGEST_EXTENDED = 2**16, 2**26  # voxels, bytes
 NAN_POLICIES = ("error", "zero")
+CATCHING = threading.Lock()  # what warnings do is one state for all threads
 
 
 class MapFormatError(ValueError):
@@ -266,7 +268,7 @@ def _check_stack(path: Path, header: np.void) -> None:
 def _data(path: Path, stream: io.BufferedIOBase, found: list[str]) -> np.ndarray:
     """The voxels as mrcfile reads them, with what it says about them."""
     stream.seek(0)
-    with warnings.catch_warnings(record=True) as said:
+    with CATCHING, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
             mrc = MrcInterpreter(stream, permissive=True)

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from datamodules.batches import DensityBatch
 from lightning_modules import weights as folders
 from lightning_modules.averaging import average, warmed_up
-from lightning_modules.cryo import flow_matching, map_files, prior, prior_figures, published
+from lightning_modules.cryo import flow_matching, map_figures, map_files, prior, prior_figures, published
 from lightning_modules.cryo.flow_matching import Spectrum
+from lightning_modules.cryo.fourier import auc
+from lightning_modules.cryo.tasks import Trials, score_table, scores_csv
 from lightning_modules.method import Method
 from lightning_modules.processes.grids import uniform
 from lightning_modules.processes.ode import Sampler, sample
@@ -38,6 +40,7 @@ class Evaluated:
     losses: list[Float[Tensor, "rows networks times"]]
     powers: list[Float[Tensor, "rows radii"]]
     shown: Float[Tensor, "shown n n n"] | None = None
+    tried: list[Float[Tensor, "rows n n n"]] = field(default_factory=list)  # the cubes that tasks are tried on
 
 
 class CryoFM(Method):
@@ -45,7 +48,8 @@ class CryoFM(Method):
 
     `times` is the law of the times of training, uniform or logit_normal. `decay` is that of the mean, which is warmed
     up. `sampler` is any of `processes.ode`; `samples` has how many densities a test or a prediction draws (`count`),
-    by how many steps, and how many at once. `weights` is a local file of the authors' published weights, or the export
+    by how many steps, and how many at once. `trials` are tasks that a test restores held-out cubes in, beside
+    baselines; None is none. `weights` is a local file of the authors' published weights, or the export
     folder of a run, to start from. Times, noise and samples depend on the seed and on a cube's place alone.
     """
 
@@ -57,14 +61,17 @@ class CryoFM(Method):
         **{f"t{t}_loss": "{:.3f}".format for t in TIMES},
         "sample_std": "{:.2f}".format,
         "log_power": "{:.2f}".format,
+        "restored_": "{:.3f}".format,
     }
     caption: ClassVar[str] = (
         "held-out density; loss of the velocity, the best linear one by shells (wiener); of unconditional "
-        "samples the standard deviation and the rms difference of log10 power to the data"
+        "samples the standard deviation and the rms difference of log10 power to the data; FSC-AUC of what was "
+        "restored, to be read beside the baselines in trials.md"
     )
     leaves: ClassVar[str] = (
         "`samples/*.mrc` are unconditional samples, density over its scale; the prior in `export/` is read by "
-        "`lightning_modules.cryo.prior.load`."
+        "`lightning_modules.cryo.prior.load`, and restores half maps with `tools.restore_map`. `trials.md` and "
+        "`trials.csv` have every restoration beside its baselines."
     )
 
     def __init__(
@@ -77,6 +84,7 @@ class CryoFM(Method):
         times: str,
         decay: float,
         samples: dict[str, int],
+        trials: Trials | None = None,
         weights: str | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
@@ -89,6 +97,8 @@ class CryoFM(Method):
         self.averaged = network().requires_grad_(False)
         self.averaged.load_state_dict(self.network.state_dict())
         self.sampler, self.samples, self.seed, self.decay = sampler, samples, seed, decay
+        self.trials = trials
+        self.restorations: dict[str, Figure] = {}
         self.law = flow_matching.LAWS[times]
         self.drawn: Float[Tensor, "count n n n"] | None = None
 
@@ -179,6 +189,9 @@ class CryoFM(Method):
         self.voxels = found.voxels
         if seen.shown is None:
             seen.shown = data[:SHOWN].cpu()
+        if self.trials and stage == "test":
+            mine = -(-self.trials.maps // self.trainer.world_size)
+            seen.tried.append(data[: max(0, mine - sum(map(len, seen.tried)))])
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -192,6 +205,47 @@ class CryoFM(Method):
             "log_power": flow_matching.log_power_difference(ours, self.powers.mean(0).cpu(), self.box),
         }
         self.log_dict({self.metric(f"test/{name}"): value.float() for name, value in values.items()})
+        if self.trials:
+            self._try()
+
+    def _try(self) -> None:
+        """Restore held-out cubes in every task, each process its own, and write the scores of all of them."""
+        scores = {name: self._restored(name) for name in self.trials.tasks}
+        for task, kinds in scores.items():
+            for kind, score in kinds.items():
+                self.log(self.metric(f"test/{kind}_{task}"), score.mean().float())
+        if self.trainer.is_global_zero:
+            folder, table = Path(self.trainer.default_root_dir), score_table(scores)
+            (folder / "trials.csv").write_text(scores_csv(scores))
+            (folder / "trials.md").write_text(table)
+            Console(width=120).print(table, highlight=False)
+
+    def _restored(self, name: str) -> dict[str, Float64[Tensor, " map"]]:
+        """FSC-AUC of every map of a task, by kind; its figures are kept."""
+        watched = self.trainer.is_global_zero and sys.stderr.isatty()
+        with (
+            torch.inference_mode(False),  # guidance differentiates through the network
+            self.trainer.precision_plugin.forward_context(),
+            Progress(console=Console(stderr=True), transient=True, disable=not watched) as bar,
+        ):
+            places = torch.cat(self.evaluated.places).clone()
+            density = torch.cat(self.evaluated.tried).clone() * float(self.std) + float(self.mean)
+            places, units = places[: len(density)], (float(self.mean), float(self.std))
+            task = bar.add_task(f"restoring: {name}", total=None)
+            trial = self.trials(
+                name, self.prediction, units, density, places.tolist(), self.seed, lambda *_: bar.advance(task)
+            )
+        everywhere = self._gathered([places])
+        curves = {
+            kind: flow_matching.per_place(everywhere, self._gathered([curve.to(self.device)])).cpu()
+            for kind, curve in trial.curves.items()
+        }
+        first = {kind: maps[0] for kind, maps in trial.maps.items()}
+        self.restorations |= {
+            f"restored_{name}": map_figures.beside(first, f"{name}: one of {len(curves['observed'])} held-out maps"),
+            f"fsc_{name}": map_figures.fsc_curves(curves, self.box, float(self.voxel_size), name),
+        }
+        return {kind: auc(curve) for kind, curve in curves.items()}
 
     def _report(self, stage: str) -> None:
         places = self._gathered(self.evaluated.places)
@@ -256,7 +310,7 @@ class CryoFM(Method):
             found["spectra"] = prior_figures.spectra(
                 {"data": powers[0], "samples": powers[1]}, self.box, float(self.voxel_size)
             )
-        return found
+        return found | self.restorations
 
     def export(self, folder: Path) -> None:
         network = unsharded(self.averaged, self.build)

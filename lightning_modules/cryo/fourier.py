@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 Maps = Float[Tensor, "*batch n n n"]
-Spectrum = Float[Tensor, "*batch n n n//2+1"]  # a real number for each voxel of the half spectrum
-Curve = Float64[Tensor, "*batch n//2+1"]  # a number for each shell from 0 to Nyquist
+Spectrum = Float[Tensor, "*batch n n half"]  # a real number for each voxel of the half spectrum
+Curve = Float64[Tensor, "*batch shells"]  # a number for each shell from 0 to Nyquist
 Binning = Literal["round", "ceil", "floor", "linear"]
 SPACE = (-3, -2, -1)
 
@@ -43,12 +43,12 @@ def wave_vectors(side: int, device: torch.device | None = None) -> tuple[Tensor,
     return whole[:, None, None], whole[None, :, None], half[None, None, :]
 
 
-def radius(side: int, device: torch.device | None = None) -> Float64[Tensor, "n n n//2+1"]:
+def radius(side: int, device: torch.device | None = None) -> Float64[Tensor, "n n half"]:
     """|k| of every voxel of the half spectrum, in shells (N a |k|)."""
     return sum(k.square() for k in wave_vectors(side, device)).sqrt()
 
 
-def multiplicity(side: int, device: torch.device | None = None) -> Float64[Tensor, "n n n//2+1"]:
+def multiplicity(side: int, device: torch.device | None = None) -> Float64[Tensor, "n n half"]:
     """How many voxels of the whole spectrum a voxel of the half stands for: 2, and 1 where its mate is kept too."""
     times = torch.full((side // 2 + 1,), 2.0, dtype=torch.float64, device=device)
     times[0] = 1
@@ -57,7 +57,7 @@ def multiplicity(side: int, device: torch.device | None = None) -> Float64[Tenso
     return times.expand(side, side, -1)
 
 
-def shell_of(side: int, device: torch.device | None = None, binning: Binning = "round") -> Int64[Tensor, "n n n//2+1"]:
+def shell_of(side: int, device: torch.device | None = None, binning: Binning = "round") -> Int64[Tensor, "n n half"]:
     """The shell of every voxel; what lies beyond Nyquist is in shell N//2 + 1.
 
     Programs differ: RELION and we round, CryoFM takes the ceiling for FSC curves and the floor for power spectra.
@@ -232,7 +232,7 @@ def local_fsc(
 # Filters, noise and masks
 
 
-def filtered(volumes: Maps, gain: Float[Tensor, "*gains n n n//2+1"]) -> Maps:
+def filtered(volumes: Maps, gain: Float[Tensor, "*gains n n half"]) -> Maps:
     """A map whose transform is multiplied by a real, even gain; `on_shells` makes one of a curve."""
     side = volumes.shape[-1]
     spectra = transform(volumes)

@@ -222,6 +222,12 @@ def test_wrong_values_are_refused_by_their_word(data, word, reason):
     assert "\n" not in str(told.value)
 
 
+def test_a_single_file_that_is_no_density_is_the_error(data, tmp_path):
+    path = write(tmp_path / "crystal.mrc", blob((20, 20, 20)), 3.0, cellb=(90, 100, 90))
+    with pytest.raises(MapFormatError, match=r"crystal\.mrc has a cell"):
+        data("data=emdb", f"data.path={path}")
+
+
 def test_too_few_maps_are_refused(data, tmp_path):
     with pytest.raises(ValueError, match="1 maps of 1 clusters cannot be divided"):
         data("data=emdb", f"data.path={write_maps(tmp_path, 1) / 'emd_1000.map.gz'}", "data.box=8")

@@ -1,5 +1,7 @@
 """What a step sees depends on the seed and the step alone, and lies within the map, near density."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
