@@ -117,6 +117,6 @@ class Ordered(CategoricalSampler):
 def _lowest(priority: Priority, counts: Int[Tensor, " batch"], draw: Draw) -> Bool[Tensor, "batch d"]:
     """The `counts` positions of lowest priority in each row, ties broken at random: a strict cutoff shows them all."""
     shuffled = uniforms(priority.shape, draw, priority.device).argsort(1)
-    order = shuffled.gather(1, priority.gather(1, shuffled).argsort(1, stable=True))
+    order = shuffled.gather(1, torch.argsort(priority.gather(1, shuffled), dim=1, stable=True))
     ranks = torch.arange(priority.shape[1], device=priority.device).expand_as(order)
     return torch.zeros_like(order).scatter(1, order, ranks) < counts[:, None]
