@@ -105,8 +105,8 @@ class Ordered(CategoricalSampler):
     def _gumbel(self, x: State, draw: Draw) -> Priority | float:
         if not self.noise:
             return 0.0
-        tiny = torch.finfo(torch.float64).tiny
-        return -self.noise * torch.log(-torch.log1p(-uniforms(x.shape, draw, x.device)).clamp_min(tiny))
+        waits = -torch.log1p(-uniforms(x.shape, draw, x.device))
+        return -self.noise * torch.log(waits.clamp_min(torch.finfo(torch.float64).tiny))
 
     def _groups(self, x: State) -> list[Bool[Tensor, " d"]]:
         if self.groups is None:

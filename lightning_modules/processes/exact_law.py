@@ -274,7 +274,7 @@ class ExactLaw:
         if not isinstance(self.process.kernel, Absorbing):
             return None
         matrix = torch.cat([torch.eye(self.space.letters), torch.ones(self.space.letters, 1)], 1).double()
-        return normalised(self._ratios(self._transformed(matrix)))
+        return self.process.kernel.copied(normalised(self._ratios(self._transformed(matrix))), self.space.states)
 
     @cached_property
     def _open(self) -> Bool[Tensor, "states d"]:
