@@ -198,10 +198,11 @@ class Chat(PolicyData):
                 f"{self.source.origin} has no pairs to learn from: take a method that makes its own (model="
                 "sppo), or data with chosen and rejected replies"
             )
+        what = f"{part} pairs" if subset is None else f"{part} pairs of {subset}"
         decided = [row for row in rows if row.label != 0.5 or not self.drop_ties]
         if len(decided) < len(rows):
-            say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {part} pairs are ties: left out")
-        return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
+            say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {what} are ties: left out")
+        return [_pair(*encoded) for encoded in self._encoded(what, decided)]
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
         wanted = pairs and self.method.batch_type is PreferenceBatch

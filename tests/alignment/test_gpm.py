@@ -13,7 +13,7 @@ from datamodules.batches import Message, Pair, Prompt
 from datamodules.collation import preference_batch
 from datamodules.tournaments import Tournaments
 from lightning_modules.alignment import policies
-from lightning_modules.alignment.gpm import PreferenceModel, load
+from lightning_modules.alignment.gpm import PreferenceModel
 from lightning_modules.alignment.judges import (
     EmbeddingHead,
     EmbeddingJudge,
@@ -21,6 +21,7 @@ from lightning_modules.alignment.judges import (
     PairwiseJudge,
     RewardHead,
     ended,
+    load,
     swap_averaged,
 )
 from lightning_modules.alignment.policy import Policy
