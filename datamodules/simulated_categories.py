@@ -116,14 +116,8 @@ class SimulatedCategories(Rounds):
                 raise ValueError(f"data.{key}={value} must be positive")
         if letters < 2:
             raise ValueError(f"data.letters={letters}: an alphabet has at least two")
-        self.target, self.dimension, self.letters, self.copies, self.problem = (
-            target,
-            dimension,
-            letters,
-            copies,
-            problem,
-        )
-        self.batch_size, self.seed = batch_size, seed
+        self.target, self.dimension, self.letters, self.copies = target, dimension, letters, copies
+        self.problem, self.batch_size, self.limit, self.seed = problem, batch_size, limit, seed
         first = self.law()
         digest = hashlib.sha256(first.numpy().tobytes()).hexdigest()
         target_name = getattr(getattr(target, "func", target), "__name__", "target")

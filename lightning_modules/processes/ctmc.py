@@ -61,8 +61,8 @@ class Denoiser:
         predict: Predict,
         kind: str,
         *,
-        fixed: Bool[Tensor, "*batch d"] | None = None,
-        allowed: Bool[Tensor, "*batch d letters"] | None = None,
+        fixed: Bool[Tensor, "*fixed d"] | None = None,
+        allowed: Bool[Tensor, "*allowed d letters"] | None = None,
         guide: Guide | None = None,
         ceiling: float | None = None,
     ) -> None:

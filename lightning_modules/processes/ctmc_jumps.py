@@ -54,16 +54,22 @@ class Uniformization(Exact):
         self.bound = bound
 
     def step(self, denoiser: Denoiser, x: State, t: Time, u: Time, memory: Any, draw: Draw) -> Step:
-        process, x = denoiser.process, x.clone()
-        noises = [process.schedule.noise(of_each(time, x)) for time in (t, u)]
-        if not bool((noises[1] > 0).all()):
-            raise ValueError("uniformization needs a bound on the rates, which noise 0 does not have: stop early")
-        windows = max(1, math.ceil(float(torch.log2(noises[0] / noises[1]).max())))
-        shares = torch.linspace(0, 1, windows + 1, dtype=torch.float64)
-        ends = [noises[0] * (noises[1] / noises[0]) ** share for share in shares.to(x.device)]
-        for high, low in pairwise(ends):
+        x, schedule = x.clone(), denoiser.process.schedule
+        for high, low in pairwise(self._windows(denoiser, *(schedule.noise(of_each(time, x)) for time in (t, u)))):
             self._window(denoiser, x, high, low, draw)
         return x, None
+
+    def _windows(
+        self, denoiser: Denoiser, high: Float[Tensor, " batch"], low: Float[Tensor, " batch"]
+    ) -> list[Float[Tensor, " batch"]]:
+        """The noises between which one bound holds."""
+        if isinstance(denoiser.process.kernel, Absorbing):
+            return [high, low]
+        if not bool((low > 0).all()):
+            raise ValueError("uniformization needs a bound on the rates, which noise 0 does not have: stop early")
+        count = max(1, math.ceil(float(torch.log2(high / low).max())))
+        shares = torch.linspace(0, 1, count + 1, dtype=torch.float64, device=high.device)
+        return [high * (low / high) ** share for share in shares]
 
     def _window(
         self, denoiser: Denoiser, x: State, high: Float[Tensor, " batch"], low: Float[Tensor, " batch"], draw: Draw

@@ -105,8 +105,8 @@ class Ordered(CategoricalSampler):
     def _gumbel(self, x: State, draw: Draw) -> Priority | float:
         if not self.noise:
             return 0.0
-        tiny = torch.finfo(torch.float64).tiny
-        return -self.noise * torch.log(-torch.log1p(-uniforms(x.shape, draw, x.device)).clamp_min(tiny))
+        waits = -torch.log1p(-uniforms(x.shape, draw, x.device))
+        return -self.noise * torch.log(waits.clamp_min(torch.finfo(torch.float64).tiny))
 
     def _groups(self, x: State) -> list[Bool[Tensor, " d"]]:
         if self.groups is None:
@@ -117,6 +117,6 @@ class Ordered(CategoricalSampler):
 def _lowest(priority: Priority, counts: Int[Tensor, " batch"], draw: Draw) -> Bool[Tensor, "batch d"]:
     """The `counts` positions of lowest priority in each row, ties broken at random: a strict cutoff shows them all."""
     shuffled = uniforms(priority.shape, draw, priority.device).argsort(1)
-    order = shuffled.gather(1, priority.gather(1, shuffled).argsort(1, stable=True))
+    order = shuffled.gather(1, torch.argsort(priority.gather(1, shuffled), dim=1, stable=True))
     ranks = torch.arange(priority.shape[1], device=priority.device).expand_as(order)
     return torch.zeros_like(order).scatter(1, order, ranks) < counts[:, None]

@@ -1,10 +1,10 @@
 """The laboratory of discrete diffusion: how far a sampler's law is from the data's, exactly (arXiv 2410.02321)."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -86,7 +86,7 @@ class DiscreteDiffusion(Sweep):
         self,
         kernel: Callable[[int], Kernel],
         noise: Schedule,
-        sampler: CategoricalSampler,
+        sampler: CategoricalSampler | Any,
         grid: str,
         steps: int,
         kappa: float,
@@ -95,8 +95,8 @@ class DiscreteDiffusion(Sweep):
         tilt: float,
         jitter: float,
         against: str,
-        values: list[float],
-        fit: list[float] | None,
+        values: Sequence[float | int],
+        fit: Sequence[float | int] | None,
         samples: int,
         denoise: bool,
         seed: int,
@@ -126,14 +126,14 @@ class DiscreteDiffusion(Sweep):
                     "have probability zero: stop early, such as model.delta=0.01"
                 )
 
-    def measure(self, value: float) -> Measured:
+    def measure(self, value: float | int) -> Measured:
         setting = self._at(value)
         rows = [self._measured(setting, copy) for copy in range(self.data.copies)]
         return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in rows[0]}
 
-    def _at(self, value: float) -> Setting:
+    def _at(self, value: float | int) -> Setting:
         whole = self.against in ("steps", "dimension", "letters")
-        return dataclasses.replace(self.setting, **{self.against: int(value) if whole else value})
+        return dataclasses.replace(self.setting, **{self.against: int(value) if whole else float(value)})
 
     def _measured(self, setting: Setting, copy: int) -> dict[str, float]:
         data = self.data.law(copy, setting.dimension, setting.letters)
@@ -148,7 +148,7 @@ class DiscreteDiffusion(Sweep):
         return f"{type(self.sampler).__name__}: {target}, {self.data.copies} copies"
 
 
-def check_space(sampler: CategoricalSampler) -> None:
+def check_space(sampler: object) -> None:
     """ValueError for a sampler of another space."""
     if getattr(sampler, "space", None) != "categorical":
         raise ValueError(

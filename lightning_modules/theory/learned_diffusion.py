@@ -66,7 +66,7 @@ class LearnedDiffusion(Method):
         scheduler: Callable[..., float],
         kernel: Callable[[int], Kernel],
         noise: Schedule,
-        sampler: CategoricalSampler,
+        sampler: CategoricalSampler | Any,
         predicts: str,
         loss: str,
         width: int,

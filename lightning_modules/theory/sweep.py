@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,19 +19,19 @@ from lightning_modules.theory.simulation import Measured, Simulation
 class Sweep(Simulation):
     """A simulation that measures at each of `values` along the axis `against`, which is the abscissa of its figures.
 
-    Slopes d log(value) / d log(axis) are fitted over `fit` = [low, high] of the axis, of the mean over copies, with the
-    range of the slopes of single copies beside it.
+    Slopes d log(value) / d log(axis) are fitted over `fit` = [low, high] of the axis (over all points where it holds
+    fewer than two), of the mean over copies, with the range of the slopes of single copies beside it.
     """
 
     leaves: ClassVar[str] = "`export/curves.csv` has every measurement by point of the axis."
     axis_labels: ClassVar[dict[str, str]] = {}
     linear: ClassVar[tuple[str, ...]] = ()  # axes against which errors fall exponentially
 
-    def __init__(self, against: str, values: list[float], fit: list[float] | None) -> None:
+    def __init__(self, against: str, values: Sequence[float | int], fit: Sequence[float | int] | None) -> None:
         super().__init__([])
         if not values:
             raise ValueError("model.values is empty: give the points of the axis, such as [16,32,64]")
-        self.against, self.values, self.fit = against, values, fit or [min(values), max(values)]
+        self.against, self.values, self.fit = against, list(values), fit or [min(values), max(values)]
 
     def meet(self, data: L.LightningDataModule) -> None:
         """The points are the rounds of the data."""
@@ -39,7 +40,7 @@ class Sweep(Simulation):
             raise ValueError(f"data={data.name} has rounds of its own, and {type(self).__name__} points of an axis")
         data.points(len(self.values))
 
-    def measure(self, value: float) -> Measured:
+    def measure(self, value: float | int) -> Measured:
         """What is measured at a point of the axis, a number for each copy."""
         raise NotImplementedError
 
@@ -47,7 +48,7 @@ class Sweep(Simulation):
         return self.measure(self.values[rounds[-1]])
 
     @property
-    def points(self) -> list[float]:
+    def points(self) -> list[float | int]:
         """The points that have been measured."""
         return [self.values[number - 1] for number in self.rounds]
 
@@ -66,8 +67,9 @@ class Sweep(Simulation):
             return None
         x, low, high = np.array(self.points), *self.fit
         inside = (x >= low * (1 - 1e-9)) & (x <= high * (1 + 1e-9))
+        inside = inside if inside.sum() > 1 else np.ones_like(inside)
         values = torch.stack(self.curves[name]).numpy()[inside]
-        if inside.sum() < 2 or not (values > 1e-13).all():
+        if len(x) < 2 or not (values > 1e-13).all():
             return None
         fitted = [np.polyfit(np.log(x[inside]), np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
         return float(fitted[0]), float(min(fitted[1:])), float(max(fitted[1:]))

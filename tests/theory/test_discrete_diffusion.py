@@ -10,7 +10,7 @@ import torch
 
 from datamodules import simulated_categories as targets
 from datamodules.simulated_categories import SimulatedCategories
-from lightning_modules.processes.ctmc_jumps import Frozen, Uniformization
+from lightning_modules.processes.ctmc_jumps import Frozen, FrozenMid
 from lightning_modules.processes.ctmc_kernels import Absorbing, Uniform
 from lightning_modules.processes.ctmc_leaps import Leap, Tweedie
 from lightning_modules.processes.ctmc_orders import Ordered
@@ -19,7 +19,7 @@ from lightning_modules.processes.exact_law import early_stopping
 from lightning_modules.processes.ode import Heun
 from lightning_modules.theory.discrete_diffusion import DiscreteDiffusion
 
-QUICK = ("data.dimension=3", "trainer.enable_progress_bar=false")
+QUICK = ("data.dimension=3", "trainer.enable_progress_bar=false", "model.kappa=0.5")
 
 
 class Lazy(Leap):
@@ -75,19 +75,20 @@ def test_every_point_of_an_axis_keeps_the_bounds():
 
 
 def test_independent_score_noise_costs_hardly_anything_and_a_persistent_one_does():
-    settings = {"against": "tilt", "values": [0.2], "start": 6.0, "delta": 0.01, "steps": 100}
+    settings = {"against": "tilt", "values": [0.2], "start": 6.0, "delta": 0.01, "steps": 50, "data": ring(3, 1)}
     base = laboratory(**{**settings, "values": [0.0]}).play([0])["kl"].mean()
     tilted = laboratory(**settings).play([0])
     noisy = laboratory(**{**settings, "against": "jitter"}).play([0])
-    assert tilted["kl"].mean() > 10 * base
+    assert tilted["kl"].mean() > 8 * base
     assert noisy["kl"].mean() < 3 * base
     assert noisy["path"].mean() > 0.5 * tilted["path"].mean()
 
 
 def test_early_stopping_leaves_as_much_as_its_bound():
-    run = laboratory(Uniformization(), ring(3, 1, targets.parity), against="delta", values=[0.1, 0.01], delta=0.1)
+    data = ring(3, 1, targets.parity)
+    run = laboratory(FrozenMid(), data, against="delta", values=[0.1, 0.01], delta=0.1, grid="kappa", kappa=0.4)
     for number, delta in enumerate((0.1, 0.01)):
-        assert float(run.play([number])["tv_data"]) <= early_stopping(3, 2, delta) + 1e-3
+        assert float(run.play([number])["tv_data"]) <= early_stopping(3, 2, delta) + 5e-3
 
 
 def test_samplers_without_a_law_are_sampled_beside_the_floor_of_noise():
@@ -157,9 +158,9 @@ def test_a_sampler_of_ones_own_file_runs_in_every_module(model, say, tmp_path, m
 @pytest.mark.parametrize(
     "words",
     [
-        ("kernel=absorbing", "sampler=ancestral", "model.grid=uniform", "model.delta=0", "model.loss=nelbo"),
+        ("kernel=absorbing", "sampler=ancestral", "model.grid=uniform", "model.delta=0.0", "model.loss=nelbo"),
         ("model.predicts=score", "model.loss=score_entropy"),
-        ("kernel=absorbing", "sampler=order_sampled", "model.grid=uniform", "model.delta=0", "model.loss=rdm_linear"),
+        ("kernel=absorbing", "sampler=order_sampled", "model.grid=uniform", "model.delta=0.0", "model.loss=rdm_linear"),
         ("model.loss=flow_matching", "sampler=dfm", "model.denoise=true"),
     ],
     ids=lambda words: words[0],
