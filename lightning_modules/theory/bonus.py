@@ -31,8 +31,8 @@ class Scaled:
         return self.table(noise, horizon, features)
 
     def process(self, noise: float, horizon: int, shape: tuple[int, ...]) -> float:
-        """c sqrt(log T), to be divided by sqrt(n)."""
-        return self.c * math.sqrt(math.log(horizon))
+        """As for tables: c sigma sqrt(2 log T), to be divided by sqrt(n)."""
+        return self.c * noise * math.sqrt(2 * math.log(horizon))
 
     def rewards(self, noise: float, samples: int, cells: int, dimension: int) -> float:
         """c sigma sqrt(2 log(2 K / delta)), to be divided by sqrt(n)."""

@@ -15,7 +15,7 @@ from lightning_modules.theory.asymptotics import linear_rate, table_rate
 from lightning_modules.theory.bonus import Bonus
 from lightning_modules.theory.decisions import regularized
 from lightning_modules.theory.learners import Linear, Tabular
-from lightning_modules.theory.randomness import sampled, uniforms
+from lightning_modules.theory.randomness import normal, sampled, uniforms
 from lightning_modules.theory.regret import Regret
 from lightning_modules.theory.regularizer import Divergence
 from lightning_modules.theory.simulation import Measured
@@ -98,13 +98,11 @@ class KLUCB(Regret):
         world = self.world
         draws = uniforms(self.seed, len(self.ends), rounds[0], len(rounds), world.numbers)
         scene = world.scene(draws)
-        played = self._rounds(
-            scene, draws[..., ACTION, None], self.noise * torch.special.ndtri(draws[..., NOISE, None])
-        )
+        played = self._rounds(scene, draws[..., ACTION, None], self.noise * normal(draws[..., NOISE, None]))
         going = torch.tensor(rounds)[:, None] < self.ends
-        gaps = self.regularizer.gap(world.log_reference, scene.reward, played, self.eta) @ world.contexts
-        plain = (scene.reward.amax(-1) - (played.exp() * scene.reward).sum(-1)) @ world.contexts
-        return self.add(gaps * going, plain * going)
+        gaps = self.regularizer.gap(world.log_reference, scene.reward, played, self.eta)
+        plain = scene.reward.amax(-1) - (played.exp() * scene.reward).sum(-1)
+        return self.add(*((lost * world.contexts).sum(-1) * going for lost in (gaps, plain)))
 
     def _rounds(self, scene: Scene, chance: Tensor, noise: Tensor) -> Tensor:
         """Play these rounds, and return the logarithms of the policies: round, copy, context, action."""

@@ -10,7 +10,7 @@ from datamodules.batches import Bandit, DecisionProcess
 from lightning_modules.theory.bonus import Bonus
 from lightning_modules.theory.decisions import regularized
 from lightning_modules.theory.kl_bandits import Decision
-from lightning_modules.theory.randomness import sampled, uniforms
+from lightning_modules.theory.randomness import normal, sampled, uniforms
 from lightning_modules.theory.regret import Regret
 from lightning_modules.theory.simulation import Measured
 from lightning_modules.theory.soft_mdp import as_process, best_reward, gap, growth, occupancy, optimal, soft_value
@@ -54,7 +54,7 @@ class KLLSVIUCB(Regret):
         steps = len(self.process.reward)
         draws = uniforms(self.seed, self.copies, rounds[0], len(rounds), REST * steps)
         draws = draws.unflatten(-1, (steps, REST))
-        noise = self.process.noise * torch.special.ndtri(draws[..., NOISE])
+        noise = self.process.noise * normal(draws[..., NOISE])
         played = torch.empty(len(rounds), *self.visits.shape, dtype=torch.float64)
         for r in range(len(rounds)):
             played[r] = self.plan()

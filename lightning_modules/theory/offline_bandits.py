@@ -115,7 +115,7 @@ class OfflineBandit(Samples):
         """What it lacks of the regularised optimum, exactly."""
         reward = self.bandit.reward.expand_as(log_policy)
         gaps = self.regularizer.gap(self.bandit.log_reference, reward, log_policy, self.eta)
-        return gaps @ self.bandit.contexts
+        return (gaps * self.bandit.contexts).sum(-1)
 
 
 class TwoStage(OfflineBandit):

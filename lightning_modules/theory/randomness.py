@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import ndtri
 from torch import Tensor
 
 WORDS = 4  # numbers that a count of the counter gives
@@ -21,6 +22,11 @@ def uniforms(seed: int, copies: int, first: int, rounds: int, each: int) -> Floa
     for copy, draw in enumerate(streams(seed, copies, [first * counts, 0, 0, 0])):
         made[:, copy] = draw.random((rounds, counts * WORDS))
     return torch.from_numpy(made).add_(2.0**-54)  # never 0, where the normal quantile is infinite
+
+
+def normal(chance: Float[Tensor, "*numbers"]) -> Float[Tensor, "*numbers"]:
+    """The standard normal numbers of these quantiles; SciPy's, because the last bit of torch's depends on the place."""
+    return torch.from_numpy(ndtri(chance.numpy()))
 
 
 def streams(seed: int, copies: int, counter: list[int]) -> Iterator[np.random.Generator]:

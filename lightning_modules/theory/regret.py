@@ -44,8 +44,8 @@ class Regret(Simulation):
 
     def add(self, gaps: Float[Tensor, "round copy"], plain: Float[Tensor, "round copy"]) -> Measured:
         """Add the rounds' gaps; what has been lost so far."""
-        self.regret += gaps.sum(0)
-        self.plain_regret += plain.sum(0)
+        self.regret += gaps.cumsum(0)[-1]  # in their order, which a sum does not keep
+        self.plain_regret += plain.cumsum(0)[-1]
         return {"regret": self.regret.clone(), "plain_regret": self.plain_regret.clone()}
 
     @property

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from datamodules.batches import Bandit, FreshFeatures
-from lightning_modules.theory.randomness import streams
+from lightning_modules.theory.randomness import normal, streams
 
 # Which of the random numbers of a round, or of a step of it, is for what; what is drawn beside these comes after them
 CONTEXT, ACTION, NOISE, REST = 0, 1, 2, 4
@@ -63,16 +63,16 @@ class Fresh:
 
     def scene(self, chance: Float[Tensor, "round copy number"]) -> Scene:
         """The rounds with these random numbers, of which normal vectors are made, and from these directions."""
-        vectors = torch.special.ndtri(chance[..., REST : self.numbers]).unflatten(-1, self.shape)
+        vectors = normal(chance[..., REST : self.numbers]).unflatten(-1, self.shape)
         features = vectors / vectors.norm(dim=-1, keepdim=True)
-        return Scene(torch.zeros(chance.shape[:2], dtype=torch.int64), features @ self.theta, features)
+        return Scene(torch.zeros(chance.shape[:2], dtype=torch.int64), (features * self.theta).sum(-1), features)
 
     def context_sample(self, seed: int, size: int) -> Contexts:
         """`size` contexts from a stream that no round draws from."""
         draw = next(iter(streams(seed, 1, [0, 0, 0, 1])))
         vectors = torch.from_numpy(draw.standard_normal((size, *self.shape[1:])))
         features = vectors / vectors.norm(dim=-1, keepdim=True)
-        return Contexts(features @ self.theta, features, torch.full((size,), 1 / size, dtype=torch.float64))
+        return Contexts((features * self.theta).sum(-1), features, torch.full((size,), 1 / size, dtype=torch.float64))
 
 
 World = Tables | Fresh
