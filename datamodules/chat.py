@@ -160,7 +160,14 @@ class Chat(PolicyData):
             return f"prompt over data.max_prompt={self.max_prompt}"
         if any(len(reply) > self.max_response for reply in replies):
             return f"response over data.max_response={self.max_response}"
+        if len(replies) == 2 and self._read(len(prompt), [*map(len, replies)]) > self.method.policy.context:
+            return f"both responses behind the prompt over the policy's context of {self.method.policy.context}"
         return None
+
+    def _read(self, prompt: int, replies: list[int]) -> int:
+        """Tokens of the longest sequence that the method reads of a pair: most read each reply by itself."""
+        length = getattr(self.method, "length", None)
+        return length(prompt, replies) if length else prompt + max(replies)
 
     # Training
 

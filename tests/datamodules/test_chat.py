@@ -230,6 +230,20 @@ def test_what_is_too_long_is_left_out_whole_and_counted_in_one_line(made, tmp_pa
     assert len(data.pairs) == len(train) - sum(long)
 
 
+def test_a_pair_that_is_too_long_only_for_who_reads_both_at_once_is_left_out_for_them(made, tmp_path):
+    rows = plain(60)
+    for row in rows[:20]:
+        row["rejected"] = "n" * 30
+    both = Learner()
+    both.length = lambda prompt, answers: POLICY.context + (sum(answers) > 30)
+    path = rows_of(tmp_path / "rows.jsonl", rows)
+    at(made(path=path), Learner()).train_dataloader()
+    data = at(made(path=path), both)
+    with pytest.warns(UserWarning, match=f"train pairs left out: .* over the policy's context of {POLICY.context}"):
+        data.train_dataloader()
+    assert len(data.pairs) == sum("nn" not in row.replies[1] for row in data.parts["train"])
+
+
 def test_ties_are_left_out_and_counted_or_kept_as_a_half(made, tmp_path):
     rows = [{"prompt": f"{i}?", "response_1": "a", "response_2": "b", "label": i % 2} for i in range(40)]
     path = rows_of(tmp_path / "rows.jsonl", rows)
