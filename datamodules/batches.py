@@ -91,6 +91,15 @@ class Game:
     nash: Float[Tensor, "*games stage state action"] | None = None
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians in float64: what it is made of is all that is to be known of it."""
+
+    weights: Float[Tensor, " component"]
+    means: Float[Tensor, "component d"]
+    covariances: Float[Tensor, "component d d"]
+
+
 class TokenBatch(TypedDict):
     """Sequences with the tokens to learn marked.
 
@@ -169,6 +178,12 @@ class PackedPreferenceBatch(TypedDict):
     token_share: Float[Tensor, ""]
     lp_ref: NotRequired[Float[Tensor, "rows length-1"]]
     value: NotRequired[Float[Tensor, "batch 2"]]
+
+
+class PointBatch(TypedDict):
+    """Points of a distribution that is known exactly."""
+
+    points: Float[Tensor, "batch d"]
 
 
 class RoundBatch(TypedDict):

@@ -17,7 +17,7 @@ from tessera.compose import CONF, compose
 # Words of the main run that are about its own method: a run that prepares or compares has its own
 OWN = (
     *("model", "objective", "pairwise", "oracle", "algorithm", "optimizer", "scheduler", "start", "compare", "stages"),
-    *("ckpt_path", "policy_weights", "record"),
+    *("sampler", "path", "grid", "study", "ckpt_path", "policy_weights", "record"),
 )
 PATHS = ("data.path", "data.trajectories", "ckpt_path", "policy_weights")
 
