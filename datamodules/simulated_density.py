@@ -47,12 +47,11 @@ class SimulatedDensity(Rounds):
         super().__init__(name, f"{len(weights)} Gaussians in {dimensions} dimensions", digest, 1, 1, limit)
         self.batch_size, self.steps, self.seed = batch_size, min(steps, limit or steps), seed
         self.limit = limit
-        self.held_out = {
-            part: draw(self.mixture, held_out, seed, number) for number, part in ((-1, "val"), (-2, "test"))
-        }
+        # steps are counted from 0, so that these draws are nobody else's
+        self.held_out = {part: draw(self.mixture, held_out, seed, -n) for n, part in ((1, "val"), (2, "test"))}
 
     def plan(self, rounds: int) -> None:
-        """Serve so many rounds, one at a time: a simulation knows how much there is to measure, the density does not."""
+        """Serve so many rounds, one at a time: the simulation knows how much there is to measure."""
         self.rounds = min(rounds, self.limit or rounds)
         self.chunks = Chunks(self.rounds, 1)
 
@@ -109,9 +108,7 @@ def mixture(weights: list[float], means: list[list[float]], covariances: list[Co
             raise ValueError(f"data.{key} has {len(entries)} entries for the {len(w)} of data.weights: give one each")
     d = len(means[0])
     if d < 1 or any(len(mean) != d for mean in means):
-        raise ValueError(
-            f"data.means={[list(mean) for mean in means]}: all of them need the same number of coordinates"
-        )
+        raise ValueError(f"data.means={[list(mean) for mean in means]}: give all the same number of coordinates")
     if abs(float(w.sum()) - 1) > 1e-9:
         log.warning("data.weights sum to %g: they are scaled to sum to 1", float(w.sum()))
     matrices = [_covariance(entry, d, number) for number, entry in enumerate(covariances)]

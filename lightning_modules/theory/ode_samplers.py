@@ -33,12 +33,8 @@ class OdeSamplers(Simulation):
         "slope_in_": "{:.2f}".format,
         "bound@": "{:.3g}".format,
     }
-    caption: ClassVar[str] = (
-        "total variation between the sampler's output and the density, exact by change of variables"
-    )
-    leaves: ClassVar[str] = (
-        "`export/table.csv` has every cell that was measured, `export/slopes.csv` the fitted slopes."
-    )
+    caption: ClassVar[str] = "total variation between a sampler's output and the density, by change of variables"
+    leaves: ClassVar[str] = "`export/table.csv` has every cell measured, `export/slopes.csv` the fitted slopes."
 
     def __init__(
         self,

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import matplotlib.pyplot as plt
