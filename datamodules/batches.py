@@ -181,9 +181,15 @@ class PackedPreferenceBatch(TypedDict):
 
 
 class PointBatch(TypedDict):
-    """Points of a distribution that is known exactly."""
+    """Points of a distribution that is known exactly, and the chance that belongs to each of them.
+
+    Standard normal noise, and a number uniform in [0, 1) that chooses a time: what a point is trained with does not
+    depend on the process that it is dealt to.
+    """
 
     points: Float[Tensor, "batch d"]
+    noise: Float[Tensor, "batch d"]
+    uniform: Float[Tensor, " batch"]
 
 
 class RoundBatch(TypedDict):

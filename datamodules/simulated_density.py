@@ -38,17 +38,23 @@ class SimulatedDensity(Rounds):
         seed: int,
         limit: int | None,
     ) -> None:
-        self.mixture = mixture(weights, means, covariances)
+        self.mixture, self.seed = mixture(weights, means, covariances), seed
         for key, value in {"batch_size": batch_size, "steps": steps, "held_out": held_out}.items():
             if value < 1:
                 raise ValueError(f"data.{key}={value} must be positive")
         digest = hashlib.sha256(repr((weights, means, covariances)).encode()).hexdigest()
         dimensions = self.mixture.means.shape[1]
         super().__init__(name, f"{len(weights)} Gaussians in {dimensions} dimensions", digest, 1, 1, limit)
-        self.batch_size, self.steps, self.seed = batch_size, min(steps, limit or steps), seed
-        self.limit = limit
+        self.batch_size, self.steps, self.limit = batch_size, min(steps, limit or steps), limit
         # steps are counted from 0, so that these draws are nobody else's
-        self.held_out = {part: draw(self.mixture, held_out, seed, -n) for n, part in ((1, "val"), (2, "test"))}
+        self.held_out = {part: self.drawn(held_out, -n) for n, part in ((1, "val"), (2, "test"))}
+
+    def drawn(self, count: int, number: int) -> PointBatch:
+        """`count` points and what belongs to them, a function of the seed and of the number."""
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        points = draw(self.mixture, count, generator).float()
+        noise = torch.randn(points.shape, generator=generator)
+        return PointBatch(points=points, noise=noise, uniform=torch.rand(count, generator=generator))
 
     def plan(self, rounds: int) -> None:
         """Serve so many rounds, one at a time: the simulation knows how much there is to measure."""
@@ -74,8 +80,7 @@ class SimulatedDensity(Rounds):
         return self._points("test") if self.drawing else super().test_dataloader()
 
     def _points(self, part: str) -> DataLoader:
-        batches = [PointBatch(points=self.held_out[part].float())]
-        return DataLoader(batches, batch_size=None, generator=torch.Generator())
+        return DataLoader([self.held_out[part]], batch_size=None, generator=torch.Generator())
 
 
 class Draws(Dataset):
@@ -94,8 +99,8 @@ class Draws(Dataset):
 
     def __getitem__(self, micro: int) -> PointBatch:
         step, part = divmod(micro, self.accumulate)
-        points = draw(self.data.mixture, self.data.batch_size, self.data.seed, step)
-        return PointBatch(points=points[part * self.world + self.rank :: self.world * self.accumulate].float())
+        mine = slice(part * self.world + self.rank, None, self.world * self.accumulate)
+        return {name: values[mine] for name, values in self.data.drawn(self.data.batch_size, step).items()}
 
 
 def mixture(weights: list[float], means: list[list[float]], covariances: list[Covariance]) -> Mixture:
@@ -139,9 +144,8 @@ def _plain(row: float | list[float]) -> float | list[float]:
     return row if isinstance(row, (int, float)) else list(row)
 
 
-def draw(mixture: Mixture, count: int, seed: int, number: int) -> Float[Tensor, "count d"]:
-    """`count` points, the same for the same seed and number."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+def draw(mixture: Mixture, count: int, generator: torch.Generator) -> Float[Tensor, "count d"]:
+    """`count` points of the mixture."""
     components: Int[Tensor, " count"] = torch.multinomial(mixture.weights, count, True, generator=generator)
     noise = torch.randn(count, mixture.means.shape[1], generator=generator, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(mixture.covariances)

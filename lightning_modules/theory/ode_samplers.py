@@ -52,9 +52,7 @@ class OdeSamplers(Simulation):
         if prediction not in paths.KINDS:
             raise ValueError(f"model.prediction={prediction}: there are {', '.join(paths.KINDS)}")
         if not 0 <= stop < start <= path.end:
-            raise ValueError(
-                f"model.start={start}, model.stop={stop}: expected 0 <= stop < start <= {path.end:g}, the end of the path"
-            )
+            raise ValueError(f"model.start={start}, model.stop={stop}: expected 0 <= stop < start <= {path.end:g}")
 
     def meet(self, data: L.LightningDataModule) -> None:
         """Take the density, and tell the data how many cells there are to measure."""
@@ -90,7 +88,7 @@ class OdeSamplers(Simulation):
         rows: list[list[Any]] = [["panel", "line", "x", *records[0][1]]]
         rows += [[cell.panel, cell.line, f"{cell.x:g}", *found.values()] for cell, found in records]
         _write(folder / "table.csv", rows)
-        slopes = [name.split("/")[1:] + [value] for name, value in self.summary().items() if name.startswith("slope/")]
+        slopes = [[*name.split("/")[1:], value] for name, value in self.summary().items() if name.startswith("slope/")]
         _write(folder / "slopes.csv", [["panel", "line", "slope"], *slopes])
 
 

@@ -24,7 +24,7 @@ Error = Callable[[Float[Tensor, "batch d"], Float[Tensor, " batch"]], Float[Tens
 
 @dataclass(frozen=True)
 class Laboratory:
-    """Samplers run from N(0, prior variance) at `start` to `stop`, on the exact predictions of a mixture of this `kind`.
+    """Samplers run from noise at `start` to `stop`, on the exact predictions of a mixture of this `kind`.
 
     `points` are the nodes along an axis of the integrals over the starting noise.
     """

@@ -83,7 +83,8 @@ def interpolated(values: Values, nodes: Values, at: Values) -> Values:
 def gaussian_total_variation(ratio: float, d: int) -> float:
     """Between N(0, I) and N(0, ratio I) in d dimensions: |F_d(c) - F_d(c / ratio)|.
 
-    The densities cross where |x|^2 = c = d ratio ln(ratio) / (ratio - 1); F_d is the distribution function of chi^2 with d degrees of freedom.
+    The densities cross where |x|^2 = c = d ratio ln(ratio) / (ratio - 1); F_d is the distribution
+    function of chi^2 with d degrees of freedom.
     """
     if ratio == 1:
         return 0.0
