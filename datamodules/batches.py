@@ -154,6 +154,15 @@ class BanditLog:
     behaviour: Float[Tensor, "context action"]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of Gaussians in float64: what it is made of is all that is to be known of it."""
+
+    weights: Float[Tensor, " component"]
+    means: Float[Tensor, "component d"]
+    covariances: Float[Tensor, "component d d"]
+
+
 class TokenBatch(TypedDict):
     """Sequences with the tokens to learn marked.
 
@@ -232,6 +241,18 @@ class PackedPreferenceBatch(TypedDict):
     token_share: Float[Tensor, ""]
     lp_ref: NotRequired[Float[Tensor, "rows length-1"]]
     value: NotRequired[Float[Tensor, "batch 2"]]
+
+
+class PointBatch(TypedDict):
+    """Points of a distribution that is known exactly, and the chance that belongs to each of them.
+
+    Standard normal noise, and a number uniform in [0, 1) that chooses a time: what a point is trained with does not
+    depend on the process that it is dealt to.
+    """
+
+    points: Float[Tensor, "batch d"]
+    noise: Float[Tensor, "batch d"]
+    uniform: Float[Tensor, " batch"]
 
 
 class RoundBatch(TypedDict):

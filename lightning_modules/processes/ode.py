@@ -41,16 +41,6 @@ class Euler(Sampler):
         return _moved(x, u - t, prediction.drift(x, t)), None
 
 
-class ExponentialIntegrator(Sampler):
-    """The score frozen, the linear part exact: e^h x + (e^h - 1) s on the VP path (arXiv 2410.14237)."""
-
-    order, evaluations = 1, 1
-
-    def step(self, prediction: Prediction, x: State, t: Time, u: Time, memory: Any) -> Step:
-        path = prediction.path
-        return combined(_shrunk(path, t, u), path.score_gain(t, u), x, prediction.score(x, t)), None
-
-
 class DDIM(Sampler):
     """The predicted data, equivalently the noise, frozen: (sigma_u / sigma_t) x + alpha_u (1 - e^-l) x_0.
 
@@ -86,6 +76,20 @@ class Guarded(Sampler):
 
     def inner(self, prediction: Prediction, x: State, t: Time, u: Time) -> State:
         raise NotImplementedError
+
+
+class ExponentialIntegrator(Guarded):
+    """The score frozen, the linear part exact: e^h x + (e^h - 1) s on the VP path (arXiv 2410.14237)."""
+
+    order, evaluations = 1, 1
+
+    def singular(self, prediction: Prediction, t: Time, u: Time) -> Bool[Tensor, "*times"]:
+        """Where no data is left, so that the linear part is infinite; at u = 0 it is finite."""
+        return prediction.path.alpha(t) == 0
+
+    def inner(self, prediction: Prediction, x: State, t: Time, u: Time) -> State:
+        path = prediction.path
+        return combined(_shrunk(path, t, u), path.score_gain(t, u), x, prediction.score(x, t))
 
 
 class VEDDIM(Guarded):
@@ -176,6 +180,16 @@ class RK4(Heun):
         k3 = prediction.drift(_moved(x, h / 2, k2), middle)
         k4 = prediction.drift(_moved(x, h, k3), u)
         return _moved(x, h, (k1 + 2 * k2 + 2 * k3 + k4) / 6)
+
+
+def continuous(sampler: Any) -> Sampler:
+    """The sampler, where its states are real numbers; else a TypeError that says which are."""
+    if getattr(sampler, "space", None) != "euclidean":
+        raise TypeError(
+            f"model.sampler={type(sampler).__name__} does not step in a space of real numbers: take euler, ddim, heun, "
+            "dpm2, dpmpp_2m, midpoint, rk4, or another subclass of lightning_modules.processes.ode.Sampler"
+        )
+    return sampler
 
 
 def sample(

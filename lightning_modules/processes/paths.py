@@ -52,6 +52,10 @@ class Path:
         (alpha_rate, sigma_rate), sigma = self.rates(t), self.sigma(t)
         return sigma * sigma_rate - sigma**2 * alpha_rate / self.alpha(t)
 
+    def prior_std(self, t: Time) -> Time:
+        """The standard deviation to start from at t: that of x_t for data of unit variance, 1 on VP at any t."""
+        return torch.sqrt(self.alpha(t) ** 2 + self.sigma(t) ** 2)
+
     def score_gain(self, t: Time, u: Time) -> Time:
         """What a score frozen over the step t -> u adds to the state: alpha_u int_u^t g_r^2 / (2 alpha_r) dr."""
         nodes, weights = _legendre(t)

@@ -188,8 +188,6 @@ def test_all_samplers_reach_the_data_on_a_grid_that_ends_at_zero(sampler, kind):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_velocity_is_integrated_from_pure_noise_to_data(sampler):
-    if sampler is ExponentialIntegrator:
-        pytest.skip("it freezes the score, which a velocity at t = 1 does not determine")
     noise = mixture_noise(Linear())
 
     def velocity(x, t):

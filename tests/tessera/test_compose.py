@@ -2,7 +2,7 @@
 
 import pytest
 
-from tessera.compose import compose, completed
+from tessera.compose import completed, compose
 
 
 @pytest.fixture
