@@ -68,7 +68,8 @@ def report(wanted: dict, guidance, args: argparse.Namespace, prior, truths: torc
             if kind != "restored":
                 simple.setdefault(kind, []).append(found)
     print(
-        f"\n{title}\n\n| | evaluations | FSC-AUC | against 200 Euler steps | lowest | CPU seconds |\n|---|---|---|---|---|---|"
+        f"\n{title}\n\n| | evaluations | FSC-AUC | against 200 Euler steps | lowest | CPU seconds |\n"
+        "|---|---|---|---|---|---|"
     )
     first = torch.cat(next(iter(scores.values())))
     for name, parts in scores.items():
