@@ -57,14 +57,14 @@ class CryoFM(Method):
     headline: ClassVar[tuple[str, str]] = ("val/loss", "min")
     columns: ClassVar[dict[str, Callable[[float], str]]] = {
         "loss": "{:.3f}".format,
-        "wiener": "{:.3f}".format,
+        "shell": "{:.3f}".format,
         **{f"t{t}_loss": "{:.3f}".format for t in TIMES},
         "sample_std": "{:.2f}".format,
         "log_power": "{:.2f}".format,
         "restored_": "{:.3f}".format,
     }
     caption: ClassVar[str] = (
-        "held-out density; loss of the velocity, the best linear one by shells (wiener); of unconditional "
+        "held-out density; loss of the velocity, the best linear one by shells (shell); of unconditional "
         "samples the standard deviation and the rms difference of log10 power to the data; FSC-AUC of what was "
         "restored, to be read beside the baselines in trials.md"
     )
@@ -259,7 +259,7 @@ class CryoFM(Method):
         self.by_time = {"loss": averaged, "raw_loss": raw} | {name: [at[name] for at in known] for name in known[0]}
         values = {name: sum(row) / len(TIMES) for name, row in self.by_time.items()}
         for place, t in enumerate(TIMES):
-            values |= {f"t{t}_{name}": self.by_time[name][place] for name in ("loss", "wiener")}
+            values |= {f"t{t}_{name}": self.by_time[name][place] for name in ("loss", "shell")}
         for name, value in values.items():
             self.log(self.metric(f"{stage}/{name}"), value, prog_bar=name == "loss")
 

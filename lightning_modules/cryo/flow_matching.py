@@ -102,15 +102,15 @@ def linear_loss(power: Float[Tensor, "*shape"], t: float) -> Float[Tensor, "*sha
 def baselines(mean: Spectrum, t: float) -> dict[str, float]:
     """Losses at time t of predictors that know no more of the data than its mean spectrum.
 
-    `zero` predicts nothing, `voxel` is linear in every voxel by itself, `wiener` in every Fourier shell: the best that
-    can be done for Gaussian data. The spectrum is that of the data they are compared on, which favours them.
+    `zero` predicts nothing, `voxel` is linear in every voxel by itself, `shell` in every Fourier shell (Wiener): the
+    best that can be done for Gaussian data. The spectrum is that of the data they are compared on, which favours them.
     """
     share = mean.voxels / mean.voxels.sum()
     variance = (mean.power * share).sum()
     return {
         "zero": float(1 + variance),
         "voxel": float(linear_loss(variance, t)),
-        "wiener": float((linear_loss(mean.power, t) * share).sum()),
+        "shell": float((linear_loss(mean.power, t) * share).sum()),
     }
 
 

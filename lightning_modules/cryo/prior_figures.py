@@ -11,7 +11,7 @@ from torch import Tensor
 NAMES = {
     "loss": ("mean of the weights", {"marker": "o", "color": "C0"}),
     "raw_loss": ("last weights", {"marker": ".", "color": "C0", "linestyle": ":"}),
-    "wiener": ("linear, by shell (Wiener)", {"marker": "s", "color": "C1"}),
+    "shell": ("linear, by shell (Wiener)", {"marker": "s", "color": "C1"}),
     "voxel": ("linear, by voxel", {"color": "gray", "linestyle": "--"}),
     "zero": ("no prediction", {"color": "lightgray", "linestyle": "--"}),
 }

@@ -106,7 +106,7 @@ def test_it_learns_and_leaves_results_figures_samples_and_a_prior(alone):
     losses = column(alone, "val/loss")
     assert losses[-1] < losses[0] < 2.5
     assert results["headline"]["metric"] == "test/loss"
-    assert set(results["table"]) >= {"loss", "wiener", "t0.1_loss", "t0.9_loss", "sample_std", "log_power"}
+    assert set(results["table"]) >= {"loss", "shell", "t0.1_loss", "t0.9_loss", "sample_std", "log_power"}
     figures = {path.stem for path in (alone / "figures").glob("*.png")}
     assert figures == {"learning_curves", "loss_by_time", "samples", "spectra"}
     assert samples(alone).shape == (3, 8, 8, 8)
@@ -220,5 +220,5 @@ def test_450_steps_beat_the_shell_wiener_prediction_at_every_time(told, tmp_path
     (results,) = tmp_path.glob("cryofm/*/*/results.json")
     metrics = json.loads(results.read_text())["metrics"]
     for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-        assert metrics[f"test/t{t}_loss"] < metrics[f"test/t{t}_wiener"]
+        assert metrics[f"test/t{t}_loss"] < metrics[f"test/t{t}_shell"]
     assert metrics["test/log_power"] < 0.6

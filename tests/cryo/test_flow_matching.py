@@ -24,7 +24,7 @@ def test_baselines_of_unit_variance_are_those_of_the_paper_kit():
     assert voxel == pytest.approx([2 - (2 * t - 1) ** 2 / (t**2 + (1 - t) ** 2) for t in times])
     flat = Spectrum(torch.ones(4, dtype=torch.float64), torch.tensor([1.0, 18, 62, 98], dtype=torch.float64))
     for t, expected in zip(times, voxel):
-        assert baselines(flat, t) == pytest.approx({"zero": 2.0, "voxel": expected, "wiener": expected})
+        assert baselines(flat, t) == pytest.approx({"zero": 2.0, "voxel": expected, "shell": expected})
 
 
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
@@ -37,8 +37,8 @@ def test_the_best_linear_prediction_by_shells_reaches_the_baseline(t):
     found = flow_matching.loss(lambda x, t: filtered(x, gain), data, noise, torch.full((60,), t)).mean()
     rounded = spectrum(data)
     mean = Spectrum(rounded.power.mean(0), rounded.voxels)
-    assert baselines(mean, t)["wiener"] == pytest.approx(found.item(), rel=0.02)
-    assert baselines(mean, t)["wiener"] < baselines(mean, t)["voxel"]
+    assert baselines(mean, t)["shell"] == pytest.approx(found.item(), rel=0.02)
+    assert baselines(mean, t)["shell"] < baselines(mean, t)["voxel"]
 
 
 def test_the_loss_of_no_prediction_is_one_and_the_variance():
