@@ -29,7 +29,7 @@ from tests.waiting import until
 TINY = (
     *("model=cryofm", "data=emdb_sim", "data.box=8", "data.voxel_size=6.0", "data.simulation.resolution=16.0"),
     *("data.simulation.train=16", "data.simulation.val=3", "data.simulation.test=3", "data.batch_size=4"),
-    "data.shift=1",
+    *("data.shift=1", "model.trials=null"),
     *("trainer.max_steps=24", "trainer.val_check_interval=12", "trainer.log_every_n_steps=1", "scheduler.warmup=4"),
     *("callbacks.checkpoint_every=5", "model.samples={count: 3, steps: 4, batch: 2}"),
 )
