@@ -173,7 +173,7 @@ def test_held_out_pairs_come_by_subset_where_a_benchmark_has_some(made, tmp_path
     rows = [row | {"subset": ("hep-cpp", "hep-go")[i % 2], "id": i} for i, row in enumerate(plain())]
     rows[-1] |= {"subset": "hep-java", "chosen": "y" * 500}
     data = at(made(path=rows_of(tmp_path / "test.jsonl", rows)), Learner())
-    with pytest.warns(UserWarning, match="1 of 1 test pairs left out"):
+    with pytest.warns(UserWarning, match="1 of 1 test pairs of hep-java left out"):
         loaders = data.test_dataloader()
     assert data.subsets == ("prompts", "hep-cpp", "hep-go", "hep-java")
     assert [sum(len(batch["ids"]) for batch in loader) for loader in loaders[1:]] == [20, 19, 0]
