@@ -18,6 +18,7 @@ from tessera.folder import RunFolder
 from tessera.report import save_figure
 
 Curve = dict[int, float]  # value by step
+FEW_POINTS = 12  # up to which each is marked
 
 
 def compare(runs: Sequence[RunFolder], picture: Path) -> None:
@@ -129,10 +130,16 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     for axis, name in zip(axes[0], shared_names):
         for label, own in columns.items():
             fitted = runs[label].results["table"].get(f"{name}_slope")
-            axis.plot(own[abscissa], own[name], label=label if fitted is None else f"{label}, slope {fitted}")
+            slope = "" if fitted is None else f", slope {fitted.split()[0]}"
+            few = len(own[abscissa]) <= FEW_POINTS
+            axis.plot(own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope)
         seen = [value for own in columns.values() for value in own[name] if value > 0]
         if seen and max(seen) > 100 * min(seen):
             axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
+        if few:
+            points = next(iter(columns.values()))[abscissa]
+            axis.set_xticks(points, [f"{point:g}" for point in points])
+            axis.minorticks_off()
         axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
         axis.legend(fontsize=7)
     save_figure(made, picture)

@@ -22,7 +22,6 @@ from lightning_modules.theory.simulation import Measured
 from lightning_modules.theory.sweep import Sweep
 
 GRIDS = ("uniform", "kappa", "cosine")
-COLUMNS = ("kl", "tv", "tv_data", "path", "truncation", "score_error", "evaluations")
 
 
 @dataclass(frozen=True)
@@ -66,12 +65,19 @@ class DiscreteDiffusion(Sweep):
 
     headline: ClassVar[tuple[str, str]] = ("val/tv_data", "min")
     columns: ClassVar[dict[str, Callable[[float], str]]] = {
-        **{f"{name}@": "{:.3e}".format for name in ("kl", "path", "bound")},
-        **{"tv_data@": "{:.4f}".format},
+        **{f"{name}@": "{:.2e}".format for name in ("kl", "path", "tv_data")},
         **{f"{name}_slope": "{:.2f}".format for name in ("kl", "path", "tv_data")},
     }
     caption: ClassVar[str] = "nats; means over the copies of the target, by point of the axis; slopes as fitted"
-    log_log: ClassVar[tuple[str, ...]] = ("kl", "tv", "tv_data", "path", "truncation")
+    log_log: ClassVar[tuple[str, ...]] = ("kl", "tv_data", "path", "truncation")
+    drawn: ClassVar[dict[str, str]] = {
+        "kl": "KL(q_delta || sampler)",
+        "path": "path bound",
+        "truncation": "truncation KL(q_T || start)",
+        "tv_data": "TV(data, sampler)",
+        "floor": "sampling noise of TV",
+    }
+    tabled: ClassVar[tuple[str, ...]] = ("kl",)
     linear: ClassVar[tuple[str, ...]] = ("start",)
     axis_labels: ClassVar[dict[str, str]] = {
         "steps": "steps N",

@@ -24,8 +24,10 @@ class Sweep(Simulation):
     """
 
     leaves: ClassVar[str] = "`export/curves.csv` has every measurement by point of the axis."
+    drawn: ClassVar[dict[str, str]] = {}  # measurements of the figure, with their labels
+    tabled: ClassVar[tuple[str, ...]] = ()  # what the table has of the first, the middle and the last point
     axis_labels: ClassVar[dict[str, str]] = {}
-    linear: ClassVar[tuple[str, ...]] = ()  # axes against which errors fall exponentially
+    linear: ClassVar[tuple[str, ...]] = ()  # axes against which errors fall exponentially: there d log(value) / d axis
 
     def __init__(self, against: str, values: Sequence[float | int], fit: Sequence[float | int] | None) -> None:
         super().__init__([])
@@ -55,7 +57,8 @@ class Sweep(Simulation):
     def summary(self) -> dict[str, float]:
         found = {}
         for name, curve in self.mean_curves().items():
-            found |= {name: curve[-1]} | {f"{name}@{point:g}": value for point, value in zip(self.points, curve)}
+            shown = (0, len(curve) // 2, len(curve) - 1) if name in self.tabled else (len(curve) - 1,)
+            found |= {name: curve[-1]} | {f"{name}@{self.points[place]:g}": curve[place] for place in shown}
             slopes = self.slopes(name)
             if slopes is not None:
                 found |= dict(zip((f"{name}_slope", f"{name}_slope_low", f"{name}_slope_high"), slopes))
@@ -63,15 +66,16 @@ class Sweep(Simulation):
 
     def slopes(self, name: str) -> tuple[float, float, float] | None:
         """Of the mean over copies, and the least and largest of single copies; None where nothing can be fitted."""
-        if name not in self.log_log or self.against in self.linear:
+        if name not in self.log_log:
             return None
         x, low, high = np.array(self.points), *self.fit
         inside = (x >= low * (1 - 1e-9)) & (x <= high * (1 + 1e-9))
         inside = inside if inside.sum() > 1 else np.ones_like(inside)
         values = torch.stack(self.curves[name]).numpy()[inside]
-        if len(x) < 2 or not (values > 1e-13).all():
+        if len(x) < 2 or not (values > 1e-13).all() or np.ptp(np.log(values), axis=0).max() < 1e-3:
             return None
-        fitted = [np.polyfit(np.log(x[inside]), np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
+        abscissa = x[inside] if self.against in self.linear else np.log(x[inside])
+        fitted = [np.polyfit(abscissa, np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
         return float(fitted[0]), float(min(fitted[1:])), float(max(fitted[1:]))
 
     def export(self, folder: Path) -> None:
@@ -84,11 +88,11 @@ class Sweep(Simulation):
             rows.writerows(zip(self.points, *(curve.tolist() for curve in curves.values())))
 
     def figures(self) -> dict[str, Figure]:
-        """Every measurement of `log_log` against the axis, its range over the copies as a band."""
+        """The measurements of `drawn` against the axis, their range over the copies as a band."""
         figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
-        for name, values in self.curves.items():
-            if name in self.log_log:
-                self._draw(axis, name, torch.stack(values).numpy())
+        for name in self.drawn:
+            if name in self.curves:
+                self._draw(axis, name, torch.stack(self.curves[name]).numpy())
         axis.set(xscale="linear" if self.against in self.linear else "log", yscale="log")
         axis.set(xlabel=self.axis_labels.get(self.against, self.against), title=self.title)
         axis.set_xticks(self.points, [f"{point:g}" for point in self.points])
@@ -106,8 +110,10 @@ class Sweep(Simulation):
             axis.fill_between(self.points, shown.min(1), shown.max(1), color=line.get_color(), alpha=0.2)
 
     def _label(self, name: str) -> str:
-        slopes = self.slopes(name)
-        return name if slopes is None or math.isnan(slopes[0]) else f"{name}, slope {slopes[0]:.2f}"
+        slopes, label = self.slopes(name), self.drawn.get(name, name)
+        if slopes is None or math.isnan(slopes[0]):
+            return label
+        return f"{label}, exp({slopes[0]:.2f} T)" if self.against in self.linear else f"{label}, slope {slopes[0]:.2f}"
 
     def validation_step(self, batch: RoundBatch, batch_idx: int) -> None:
         if self.rounds:
