@@ -67,10 +67,7 @@ def report(wanted: dict, guidance, args: argparse.Namespace, prior, truths: torc
         for kind, found in trial.scores.items():
             if kind != "restored":
                 simple.setdefault(kind, []).append(found)
-    print(
-        f"\n{title}\n\n| | evaluations | FSC-AUC | against 200 Euler steps | lowest | CPU seconds |\n"
-        "|---|---|---|---|---|---|"
-    )
+    print(f"\n{title}\n\n| | evaluations | FSC-AUC | against the first | lowest | CPU-s |\n|---|---|---|---|---|---|")
     first = torch.cat(next(iter(scores.values())))
     for name, parts in scores.items():
         found, (sampler, steps) = torch.cat(parts), wanted[name]

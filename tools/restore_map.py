@@ -52,7 +52,7 @@ from datamodules.mrc import MapRecord, available_memory, read_map, save_map
 from datamodules.regridding import back_from_cube, cubic_edge, on_cube, padded
 from lightning_modules.cryo import prior as priors
 from lightning_modules.cryo.baselines import wiener
-from lightning_modules.cryo.fourier import resolution, to_truth
+from lightning_modules.cryo.fourier import low_pass, resolution, to_truth
 from lightning_modules.cryo.map_figures import beside, half_map_report, written
 from lightning_modules.cryo.operators import (
     FourierOperator,
@@ -181,12 +181,12 @@ class Halves:
 
     @property
     def filtered(self) -> MapRecord:
-        """The mean of both halves, every shell times the weight of the data in it."""
+        """The mean of both halves, every shell times its weight of the data, up to the first with FSC <= 0.143."""
         first, second = self.records
         side = cubic_edge(first.voxels.shape)
         mean = torch.from_numpy(padded((first.voxels + second.voxels) / 2, side))
-        weight = wiener(mean, data_weight(self.spectra))
-        return replace(first, voxels=padded(weight.numpy(), first.voxels.shape))
+        kept = (self.spectra.correlation > 0.143).double().cumprod(0)
+        return replace(first, voxels=padded(wiener(mean, kept * data_weight(self.spectra)).numpy(), first.voxels.shape))
 
 
 def data_weight(spectra: Spectra) -> Float64[Tensor, " shells"]:
@@ -353,20 +353,15 @@ def densities(state: State, units: tuple[float, float], halves: Halves) -> tuple
 def draw_figures(halves: Halves, mean: MapRecord, deviation: MapRecord, output: Path) -> None:
     """The FSC of the half maps, and what was observed and restored beside each other."""
     first, second = halves.records
-    size = halves.records[0].voxel_size
-    shown = {
-        "half map": first.voxels,
-        "observed": (first.voxels + second.voxels) / 2,
-        "wiener": halves.filtered.voxels,
-        "restored": mean.voxels,
-        "deviation": deviation.voxels,
-    }
-    side = cubic_edge(first.voxels.shape)
-    volumes = {name: torch.from_numpy(padded(voxels, side)) for name, voxels in shown.items()}
-    curves = half_map_report(
-        halves.spectra.correlation, data_weight(halves.spectra), side, size, halves.cube.voxel_size
-    )
-    for figure, ending in ((curves, "_fsc.png"), (beside(volumes, output.name), "_maps.png")):
+    side, size, reach = cubic_edge(first.voxels.shape), first.voxel_size, halves.cube.voxel_size
+    given = {"half map": first.voxels, "mean of halves": (first.voxels + second.voxels) / 2}
+    made = {"filtered": halves.filtered.voxels, "restored": mean.voxels, "deviation": deviation.voxels}
+    volumes = {name: torch.from_numpy(padded(voxels, side)) for name, voxels in (given | made).items()}
+    # noise beyond what is restored would hide everything
+    volumes |= {name: low_pass(volumes[name], 2 * max(reach, size), size) for name in given}
+    title = f"{output.name}; half maps and their mean to {2 * max(reach, size):.2g} A"
+    curves = half_map_report(halves.spectra.correlation, data_weight(halves.spectra), side, size, reach)
+    for figure, ending in ((curves, "_fsc.png"), (beside(volumes, title), "_maps.png")):
         figure.savefig(_beside(output, ending), dpi=160)
         plt.close(figure)
 

@@ -58,7 +58,7 @@ class CryoFM(Method):
     columns: ClassVar[dict[str, Callable[[float], str]]] = {
         "loss": "{:.3f}".format,
         "shell": "{:.3f}".format,
-        **{f"t{t}_loss": "{:.3f}".format for t in TIMES},
+        **{f"t{t}_loss": "{:.3f}".format for t in (TIMES[0], TIMES[-1])},
         "sample_std": "{:.2f}".format,
         "log_power": "{:.2f}".format,
         "restored_": "{:.3f}".format,
@@ -213,7 +213,8 @@ class CryoFM(Method):
         scores = {name: self._restored(name) for name in self.trials.tasks}
         for task, kinds in scores.items():
             for kind, score in kinds.items():
-                self.log(self.metric(f"test/{kind}_{task}"), score.mean().float())
+                name = f"restored_{task}" if kind == "restored" else f"auc_{kind}_{task}"
+                self.log(self.metric(f"test/{name}"), score.mean().float())
         if self.trainer.is_global_zero:
             folder, table = Path(self.trainer.default_root_dir), score_table(scores)
             (folder / "trials.csv").write_text(scores_csv(scores))

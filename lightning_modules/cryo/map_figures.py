@@ -25,7 +25,8 @@ STYLES = {
 def beside(maps: Mapping[str, Volume], title: str = "") -> Figure:
     """A column for each map; the middle slices across z and y, and the projections along z and y.
 
-    The third row looks along the sample plane, where a missing wedge shows. All of a row have one grey scale.
+    The third row looks along the sample plane, where a missing wedge shows. All of a row have one grey scale, except a
+    standard deviation (`deviation`), which has its own.
     """
     views = {
         "slice z": lambda v: v[v.shape[0] // 2],
@@ -47,7 +48,8 @@ def beside(maps: Mapping[str, Volume], title: str = "") -> Figure:
         leading = leading if leading is not None else next(iter(pictures.values()))
         low, high = min(0.0, float(leading.quantile(0.01))), float(leading.quantile(0.999))
         for axis, (name, picture) in zip(row, pictures.items()):
-            axis.imshow(picture, cmap="gray_r", vmin=low, vmax=high, origin="lower", interpolation="nearest")
+            ends = (0.0, float(picture.max())) if name == "deviation" else (low, high)
+            axis.imshow(picture, cmap="gray_r", vmin=ends[0], vmax=ends[1], origin="lower", interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             if axis.get_subplotspec().is_first_row():
                 axis.set_title(name.replace("_", " "), fontsize=9)
