@@ -245,7 +245,7 @@ class ExactLaw:
         return law
 
     def _short_steps(self, clock: Time, end: Time) -> Iterator[Time]:
-        length = min(0.05, 0.5 / self.space.d)
+        length = min(0.025, 0.25 / self.space.d)
         while clock > end:
             yield clock
             near = float(self.process.kernel.noise_at(clock))
