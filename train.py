@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from tessera.compose import CONF
+from tessera.compose import CONF, completed
 from tessera.words import help_text, problems
 
 # threads that wait must not spin: beside another process on the same cores that costs up to ten times the work
@@ -99,7 +99,8 @@ def main() -> None:
             print(f"error: {reason}", file=sys.stderr)
         if found:
             leave(1)
-        sys.argv[1:] = [*flags, *words]  # Hydra wants its flags together
+        shown = completed(words) if {"--cfg", "-c"} & set(flags) else words
+        sys.argv[1:] = [*flags, *shown]  # Hydra wants its flags together
         job()
         if len(RECORDS) > 1:
             beside_each_other(RECORDS)

@@ -1,11 +1,15 @@
-"""What a DPO step costs here, in TRL and in a bare PyTorch loop: `python benchmarks/alignment.py [--prompt 64]`.
+"""What a DPO step costs here, in TRL and in a bare PyTorch loop: `python benchmarks/alignment.py [--table]`.
 
 All sides train one network on the same pairs with AdamW in one process, their steps interleaved: each runs in a thread
 of its own and has one step, from the loading of its batch to the end of the optimizer's step, before the next one's
-turn comes. The losses are compared first. Ours runs through Lightning's trainer as `train.py` runs it, logging every
-tenth step, TRL through its `DPOTrainer`; the bare loop computes the reference's log-probabilities in the step. Medians
-over the steps, ratios to the bare loop with their 10th and 90th percentile. TRL is in the extra `bench`; without it the
-other sides run.
+turn comes; every round has an order of its own. The losses are compared first. Ours runs through Lightning's trainer as
+`train.py` runs it, logging every tenth step, TRL through its `DPOTrainer`. "cached" sides are given the reference's
+log-probabilities, the others compute them in the step; ours are always given.
+
+Two clocks: the wall's, and the processor time of the whole process, which other programs on the machine hardly change
+(only one side works at a time, and with one thread backward passes run in the side's own). Medians over the steps, and
+of the ratios of steps of one round with their 10th and 90th percentile. TRL is in the extra `bench`; without it the
+other sides run. `--table` measures every row of the table in benchmarks/results/alignment.md.
 """
 
 import argparse
@@ -21,11 +25,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from datamodules.batches import Pair
 from datamodules.collation import preference_batch
@@ -34,47 +40,75 @@ from lightning_modules.alignment import pairwise, policies
 from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.preference import Preference
 from lightning_modules.alignment.rollout import score_responses
+from lightning_modules.alignment.tiny_tokenizer import tiny_tokenizer
 from lightning_modules.optimizers.schedules import warmup_constant
 
 BETA, LR = 0.1, 1e-4
-BARE, TRL = "bare loop", "TRL"  # both with the reference in the step
+BARE, BARE_CACHED, TRL, TRL_CACHED = "bare loop", "bare loop, cached", "TRL", "TRL, cached"
+OURS, PACKED = "ours, cached", "ours, cached and packed"
 WARM = slice(3, None)  # the steps that count
 SIZES = {
     "tiny": {"width": 128, "layers": 4, "heads": 4, "hidden": 512},
     "small": {"width": 320, "layers": 8, "heads": 5, "hidden": 1280},
 }
+# (architecture, size, ragged, steps): the rows of the table, each with one thread and with two
+ROWS = (
+    ("llama", "tiny", False, 20),
+    ("gpt2", "tiny", False, 20),
+    ("llama", "tiny", True, 20),
+    ("llama", "small", False, 11),
+    ("llama", "small", True, 11),
+)
+CLOCKS = {"processor": time.process_time, "wall": time.perf_counter}
 
 
 class Turns:
-    """Sides that work one after the other, a step each; what they measure in their turn is theirs alone."""
+    """Sides that work one after the other, a step each a round; what they measure in their turn is theirs alone."""
 
     def __init__(self, sides: list[str]) -> None:
-        self.sides, self.changed, self.now = sides, threading.Condition(), 0
-        self.seconds: dict[str, list[float]] = {side: [] for side in sides}
+        self.sides, self.changed, self.generator = sides, threading.Condition(), random.Random(0)
+        self.round: list[str] = []
+        self.seconds: dict[str, dict[str, list[float]]] = {clock: {side: [] for side in sides} for clock in CLOCKS}
         self.losses: dict[str, list[float]] = {side: [] for side in sides}
-        self._began = 0.0
+        self._began: dict[str, float] = {}
+        with self.changed:
+            self._next()
 
     def take(self, side: str) -> None:
-        """Wait for this side's turn and start its clock."""
+        """Wait for this side's turn and start its clocks."""
         with self.changed:
-            self.changed.wait_for(lambda: self.sides[self.now] == side)
-        self._began = time.perf_counter()
+            self.changed.wait_for(lambda: self.round[0] == side)
+        self._began = {clock: now() for clock, now in CLOCKS.items()}
 
     def give(self, side: str, loss: float) -> None:
         """End the turn."""
-        self.seconds[side].append(time.perf_counter() - self._began)
+        for clock, now in CLOCKS.items():
+            self.seconds[clock][side].append(now() - self._began[clock])
         self.losses[side].append(loss)
         with self.changed:
-            self.now = (self.now + 1) % len(self.sides)
-            self.changed.notify_all()
+            self.round.remove(side)
+            self._next()
 
     def leave(self, side: str) -> None:
         """The side has no step left, or failed."""
         with self.changed:
-            place = self.sides.index(side)
             self.sides.remove(side)
-            self.now = (self.now - (place < self.now)) % max(1, len(self.sides))
-            self.changed.notify_all()
+            self.round = [other for other in self.round if other != side]
+            self._next()
+
+    def _next(self) -> None:
+        self.round = self.round or self.generator.sample(self.sides, len(self.sides))
+        self.changed.notify_all()
+
+    def ratio(self, clock: str, side: str, other: str) -> tuple[float, float, float]:
+        """Median of the ratios of seconds, round by round, with their 10th and 90th percentile."""
+        seconds = self.seconds[clock]
+        ratios = sorted(a / b for a, b in zip(seconds[side][WARM], seconds[other][WARM]))
+        return statistics.median(ratios), ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+
+    def apart(self, side: str) -> float:
+        """The largest difference of a loss from the bare loop's."""
+        return max(abs(a - b) for a, b in zip(self.losses[side], self.losses[BARE]))
 
 
 class Pairs(Dataset):
@@ -88,6 +122,18 @@ class Pairs(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return self.cook(self.pairs[number * self.size : (number + 1) * self.size], pad=0, token_share=1.0, multiple=1)
+
+
+def made_policy(options: argparse.Namespace) -> Policy:
+    """Random weights; transformers' Llama or GPT-2."""
+    size, context = SIZES[options.model], 4 * options.length
+    if options.architecture == "llama":
+        return policies.tiny(context=context, **size)
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"n_embd": size["width"], "n_layer": size["layers"], "n_head": size["heads"], "n_inner": size["hidden"]}
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return Policy(GPT2LMHeadModel(GPT2Config(len(tokenizer), context, **sizes, **ends)), tokenizer)
 
 
 def made_pairs(options: argparse.Namespace, policy: Policy) -> list[Pair]:
@@ -137,7 +183,7 @@ def ours(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: ar
 
 def bare(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: argparse.Namespace) -> None:
     """A loop over transformers' model, as one would write it."""
-    model, reference = policy.model.train(), copy.deepcopy(policy.model).eval()
+    model, reference = policy.model.train(), None if "cached" in side else copy.deepcopy(policy.model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     batches = Pairs(pairs, options.pairs, preference_batch)
     for step in range(options.steps):
@@ -150,7 +196,7 @@ def bare(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: ar
             return said.masked_fill(~mask, 0.0).sum(1)
 
         with torch.no_grad():
-            before = sums(reference)
+            before = sums(reference) if reference else batch["lp_ref"].flatten(0, 1).sum(1)
         log_ratio = sums(model) - before
         loss = -torch.nn.functional.logsigmoid(BETA * (log_ratio[0::2] - log_ratio[1::2])).mean()
         optimizer.zero_grad()
@@ -201,13 +247,14 @@ def trl(turns: Turns, side: str, policy: Policy, pairs: list[Pair], options: arg
         trainer.train()
 
 
-def race(options: argparse.Namespace) -> Turns:
-    """All sides, from the same weights, until all have done their steps."""
-    source = policies.tiny(context=4 * options.length, **SIZES[options.model])
+def race(options: argparse.Namespace, given: bool = True) -> Turns:
+    """All sides, from the same weights, until all have done their steps; `given`: the others' cached ones as well."""
+    source = made_policy(options)
     pairs = made_pairs(options, source)
-    contestants = {BARE: bare, "ours, cached": ours, "ours, cached and packed": ours}
-    if importlib.util.find_spec("trl"):
-        contestants |= {TRL: trl, "TRL, cached": trl}
+    contestants = {BARE: bare, OURS: ours, PACKED: ours}
+    contestants |= {TRL: trl} if importlib.util.find_spec("trl") else {}
+    if given:
+        contestants |= {BARE_CACHED: bare} | ({TRL_CACHED: trl} if TRL in contestants else {})
     turns, failures = Turns(list(contestants)), []
 
     def run(side: str, contestant: Callable) -> None:
@@ -230,8 +277,56 @@ def race(options: argparse.Namespace) -> Turns:
     return turns
 
 
+def show(turns: Turns, options: argparse.Namespace) -> None:
+    """Every side of one race."""
+    print(f"{options.architecture} {options.model}, {options.pairs} pairs of {options.length} tokens", end=" ")
+    print(f"({'ragged' if options.ragged else 'equal'}), prompts of {options.prompt}, {options.steps} steps")
+    for clock, seconds in turns.seconds.items():
+        for side, column in seconds.items():
+            ratios = [f"{written(turns, clock, side, other)} x {other}" for other in (BARE, TRL) if other in seconds]
+            median = 1e3 * statistics.median(column[WARM])
+            print(f"{clock:>10} {side:>24}: {median:8.2f} ms, {', '.join(ratios)}, loss within {turns.apart(side):.1e}")
+
+
+def written(turns: Turns, clock: str, side: str, other: str) -> str:
+    """A ratio with its spread."""
+    return "{:.2f} [{:.2f}, {:.2f}]".format(*turns.ratio(clock, side, other))
+
+
+COLUMNS = {
+    "ours / bare": (OURS, BARE),
+    "ours / TRL": (OURS, TRL),
+    "packed / bare": (PACKED, BARE),
+    "packed / TRL": (PACKED, TRL),
+    "ours / bare cached": (OURS, BARE_CACHED),
+    "ours / TRL cached": (OURS, TRL_CACHED),
+    "packed / TRL cached": (PACKED, TRL_CACHED),
+    "TRL / bare": (TRL, BARE),
+}
+
+
+def table(options: argparse.Namespace) -> None:
+    """Every row with both clocks, as markdown; `COLUMNS` without TRL's where it is not installed."""
+    print(f"| network | responses | threads | clock | bare, ms | {' | '.join(COLUMNS)} | losses within |")
+    print("|" + "---|" * (len(COLUMNS) + 6))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for architecture, model, ragged, steps in ROWS:
+            case = {"architecture": architecture, "model": model, "ragged": ragged, "steps": steps}
+            # a small network's sides that are given the reference say nothing that a tiny one's do not
+            turns = race(argparse.Namespace(**{**vars(options), **case}), given=model == "tiny")
+            name = f"{architecture} {model} | {'ragged' if ragged else 'equal'} | {threads}"
+            apart = max(map(turns.apart, turns.losses))
+            for clock, seconds in turns.seconds.items():
+                cells = [written(turns, clock, *two) if set(two) <= set(seconds) else "" for two in COLUMNS.values()]
+                median = 1e3 * statistics.median(seconds[BARE][WARM])
+                print(f"| {name} | {clock} | {median:.0f} | {' | '.join(cells)} | {apart:.0e} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="all rows; its own architecture, model, steps, threads")
+    parser.add_argument("--architecture", choices=("llama", "gpt2"), default="llama")
     parser.add_argument("--model", choices=tuple(SIZES), default="tiny")
     parser.add_argument("--pairs", type=int, default=4, help="pairs of a step")
     parser.add_argument("--length", type=int, default=128, help="tokens of a prompt with its response")
@@ -245,22 +340,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "transformers", "datasets", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    turns = race(options)
-    print(f"{options.model}, {options.pairs} pairs of {options.length} tokens", end=" ")
-    print(f"({'ragged' if options.ragged else 'equal'}), prompts of {options.prompt}")
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.threads} thread(s), {options.steps} steps")
-    for side in turns.seconds:
-        apart = max(abs(a - b) for a, b in zip(turns.losses[side], turns.losses[BARE]))
-        median = statistics.median(turns.seconds[side][WARM])
-        ratios = [f"{ratio(turns, side, other)} x {other}" for other in (BARE, TRL) if other in turns.seconds]
-        print(f"{side:>26}: {1e3 * median:8.2f} ms, {', '.join(ratios)}, losses within {apart:.1e}")
-
-
-def ratio(turns: Turns, side: str, other: str) -> str:
-    """Median of the ratios of seconds, step by step, with their 10th and 90th percentile."""
-    ratios = sorted(a / b for a, b in zip(turns.seconds[side][WARM], turns.seconds[other][WARM]))
-    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
-    return f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
+    packages = ["torch", "transformers", "lightning", *(["trl"] if importlib.util.find_spec("trl") else [])]
+    print(", ".join(f"{name} {version(name)}" for name in packages), platform.machine(), flush=True)
+    if options.table:
+        return table(options)
+    show(race(options), options)
 
 
 if __name__ == "__main__":

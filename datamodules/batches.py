@@ -92,6 +92,69 @@ class Game:
 
 
 @dataclass(frozen=True)
+class Bandit:
+    """A bandit with a reference policy: a context x ~ `contexts`, an action a, a reward of mean `reward[x, a]`.
+
+    `noise` is the standard deviation of a reward around its mean. Mean rewards lie in `reward_range`, by which bonuses
+    are clipped. With `features` they are linear, <theta, features[x, a]>. With `horizons` there is a table of rewards
+    for each of them, to be played for so many rounds.
+    """
+
+    name: str
+    reward: Float[Tensor, "*horizon context action"]
+    log_reference: Float[Tensor, "context action"]
+    contexts: Float[Tensor, " context"]
+    noise: float
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    features: Float[Tensor, "context action feature"] | None = None
+    horizons: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class FreshFeatures:
+    """A linear bandit whose context is new in every round: `actions` vectors, independent and uniform on the sphere.
+
+    The mean reward of a vector is its product with `theta`; the reference policy is uniform.
+    """
+
+    name: str
+    theta: Float[Tensor, " feature"]
+    actions: int
+    noise: float
+    reward_range: tuple[float, float] = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class DecisionProcess:
+    """A process of H steps with a reference policy, its states s, actions a and mean rewards in [0, 1] as tables.
+
+    The first state is drawn from `start`, the state after step h from `transition[h, s, a]`. `noise` is the standard
+    deviation of a reward around its mean.
+    """
+
+    name: str
+    reward: Float[Tensor, "step state action"]
+    transition: Float[Tensor, "step-1 state action state"]
+    log_reference: Float[Tensor, "step state action"]
+    start: Float[Tensor, " state"]
+    noise: float
+
+
+@dataclass(frozen=True)
+class BanditLog:
+    """What was logged in a bandit, a row at a time: rewards of an action, or labels of two of them.
+
+    `outcome` is the reward, or 1 where the first action won and 0 where the second did. `behaviour[x, a]` is the policy
+    that chose the actions, the reference's unless the log has propensities.
+    """
+
+    context: Int[Tensor, " row"]
+    actions: Int[Tensor, "row chosen"]
+    outcome: Float[Tensor, " row"]
+    behaviour: Float[Tensor, "context action"]
+
+
+@dataclass(frozen=True)
 class Mixture:
     """A mixture of Gaussians in float64: what it is made of is all that is to be known of it."""
 
@@ -199,3 +262,32 @@ class RoundBatch(TypedDict):
     """
 
     rounds: Int[Tensor, " rounds"]
+
+
+class DensityBatch(TypedDict):
+    """Cubes of cryo-EM density, axes z, y, x, in the units that a prior is trained in: (v / scale - mean) / std.
+
+    v is a map's own density, `scale` the map's value that counts as 1 (a high percentile of the whole map), `mean` and
+    `std` belong to the data set and are the same in every batch. `voxel_size` is in angstrom. The centre of a cube is
+    the voxel D // 2 of each axis. `place` is a crop's place in the endless stream of training, or its number in an
+    evaluation: what a method draws for a row may depend on the seed and this alone, and is then the same on any number
+    of processes. In an evaluation `place` may occur twice, on two processes, so that all have as many batches. `ids`
+    are the entries' names. Half maps and a mask are there where all entries of the data set have them: `half_maps` in
+    the same units and with the same scale as `voxels`, `mask` in [0, 1].
+    """
+
+    voxels: Float[Tensor, "batch depth height width"]
+    voxel_size: Float[Tensor, " batch"]
+    scale: Float[Tensor, " batch"]
+    mean: Float[Tensor, ""]
+    std: Float[Tensor, ""]
+    place: Int[Tensor, " batch"]
+    ids: list[str]
+    half_maps: NotRequired[Float[Tensor, "batch 2 depth height width"]]
+    mask: NotRequired[Float[Tensor, "batch depth height width"]]
+
+
+class CategoryBatch(TypedDict):
+    """Rows of d letters, numbers from 0: what a categorical process noises and learns to restore."""
+
+    x: Int[Tensor, "batch d"]

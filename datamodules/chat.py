@@ -160,7 +160,14 @@ class Chat(PolicyData):
             return f"prompt over data.max_prompt={self.max_prompt}"
         if any(len(reply) > self.max_response for reply in replies):
             return f"response over data.max_response={self.max_response}"
+        if len(replies) == 2 and self._read(len(prompt), [*map(len, replies)]) > self.method.policy.context:
+            return f"both responses behind the prompt over the policy's context of {self.method.policy.context}"
         return None
+
+    def _read(self, prompt: int, replies: list[int]) -> int:
+        """Tokens of the longest sequence that the method reads of a pair: most read each reply by itself."""
+        length = getattr(self.method, "length", None)
+        return length(prompt, replies) if length else prompt + max(replies)
 
     # Training
 
@@ -198,10 +205,11 @@ class Chat(PolicyData):
                 f"{self.source.origin} has no pairs to learn from: take a method that makes its own (model="
                 "sppo), or data with chosen and rejected replies"
             )
+        what = f"{part} pairs" if subset is None else f"{part} pairs of {subset}"
         decided = [row for row in rows if row.label != 0.5 or not self.drop_ties]
         if len(decided) < len(rows):
-            say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {part} pairs are ties: left out")
-        return [_pair(*encoded) for encoded in self._encoded(f"{part} pairs", decided)]
+            say(f"{self.name}: {len(rows) - len(decided)} of {len(rows)} {what} are ties: left out")
+        return [_pair(*encoded) for encoded in self._encoded(what, decided)]
 
     def _with_reference(self, pairs: list[Pair]) -> list[Pair]:
         wanted = pairs and self.method.batch_type is PreferenceBatch

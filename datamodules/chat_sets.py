@@ -15,12 +15,12 @@ from typing import Any
 from datamodules import chat_standin
 from datamodules.chat_standin import GamePreference
 from datamodules.conversations import Conversation, Ledger, read_conversations
+from datamodules.places import ENDINGS, shared
 from datamodules.problems import hub_answers, read_rows, sha256
 
 log = logging.getLogger(__name__)
 
 STANDIN = "standin"
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 # what a split is called, in files and on the hub; RewardBench's `filtered` is only ever tested on
 SPLITS = {"train": ("train_prefs", "train"), "test": ("test_prefs", "test", "filtered")}
 HUB = {
@@ -75,7 +75,7 @@ def find_conversations(
         place = _existing(name, path)
         return _from_files(place.name.split(".")[0], place, f"data.path={path}", ledger, settings)
     if name != STANDIN:
-        if place := _shared(name):
+        if place := shared(name):
             return _from_files(name, place, f"$TESSERA_DATA/{name}", ledger, settings)
         hub = HUB.get(name, name if "/" in name else None)
         if download and hub and hub_answers():
@@ -90,12 +90,6 @@ def _existing(name: str, path: Path | str) -> Path:
             f"({os.environ.get('TESSERA_DATA') or 'not set'}), then on the hub, then use the stand-in"
         )
     return Path(path)
-
-
-def _shared(name: str) -> Path | None:
-    root = os.environ.get("TESSERA_DATA")
-    places = [Path(root, f"{name}{ending}") for ending in ("", *ENDINGS)] if root else []
-    return next((place for place in places if place.exists()), None)
 
 
 # ---- files

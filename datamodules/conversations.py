@@ -217,6 +217,8 @@ def _one_reply(record: dict, id: str, where: Place) -> list[Conversation]:
 
 
 def _prompt(record: dict, id: str, where: Place) -> list[Conversation]:
+    if half := record.keys() & {"chosen", "rejected", "reject", "response_1", "response_2"}:
+        raise Defect(where, f"a pair has only its {' and '.join(sorted(half))}", "give it both responses and a label")
     prompt = record["prompt"]
     if isinstance(prompt, list):
         return [Conversation(id, _ordered(_messages(prompt, where), where))]

@@ -3,12 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from datamodules.batches import Prompt, PromptBatch
 from datamodules.steps import FromStep, StepIndexed
 
 PROMPTS_AT_ONCE = 64
+
+
+def batch_loader(batches: Dataset, order: FromStep | range, workers: int, seed: int) -> DataLoader:
+    """What a data set of whole batches has, in an order of their numbers."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # its own: the workers' seeds that a loader draws must not move the generator of the run
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def training_loader(

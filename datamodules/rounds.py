@@ -27,6 +27,22 @@ class Chunks(Dataset):
         return RoundBatch(rounds=torch.arange(begin, min(begin + self.chunk, self.rounds)))
 
 
+class Doubling(Chunks):
+    """Chunks that end at 1, 2, 4, ... rounds until they are `chunk` long, and then after `chunk` more each."""
+
+    def __init__(self, rounds: int, chunk: int) -> None:
+        super().__init__(rounds, chunk)
+        doubled = [2**power for power in range(min(rounds, chunk).bit_length())]
+        self.ends = [n for n in [*doubled, *range(doubled[-1] + chunk, rounds, chunk)] if n < rounds] + [rounds]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> RoundBatch:
+        begin = self.ends[number - 1] if number else 0
+        return RoundBatch(rounds=torch.arange(begin, self.ends[number]))
+
+
 class Rounds(L.LightningDataModule):
     """What a simulation plays in: `rounds` of them, `chunk` to a training step, at most `limit`.
 
@@ -35,6 +51,7 @@ class Rounds(L.LightningDataModule):
     """
 
     serves: ClassVar[tuple[type, ...]] = (RoundBatch,)
+    chunked: ClassVar[type[Chunks]] = Chunks
     standin = False
 
     def __init__(self, name: str, origin: str, fingerprint: str, rounds: int, chunk: int, limit: int | None) -> None:
@@ -44,7 +61,7 @@ class Rounds(L.LightningDataModule):
                 raise ValueError(f"data.{key}={value} must be positive")
         self.name, self.fingerprint, self.source = name, fingerprint, SimpleNamespace(origin=origin)
         self.rounds = min(rounds, limit or rounds)
-        self.chunks = Chunks(self.rounds, chunk)
+        self.chunks = self.chunked(self.rounds, chunk)
 
     def train_dataloader(self) -> DataLoader:
         return _loader(self.chunks, FromStep(self.chunks, lambda: self.trainer.global_step))

@@ -14,9 +14,8 @@ from datamodules.steps import FromStep
 
 log = logging.getLogger(__name__)
 
-Covariance = (
-    int | float | list[int | float] | list[list[int | float]]
-)  # one variance for all coordinates, one each, or a matrix
+# for a component: one variance for all coordinates, one for each, or a matrix
+Covariance = int | float | list[int | float] | list[list[int | float]]
 
 
 class SimulatedDensity(Rounds):

@@ -38,7 +38,9 @@ class StepIndexed(Dataset):
     ) -> None:
         shares = world * accumulate
         if not lengths:
-            raise ValueError("there is no row to train on; raise data.limit or data.max_response, or check the file")
+            raise ValueError(
+                "there is no row to train on; raise data.limit, data.max_prompt or data.max_response, or check the file"
+            )
         if batch_size % shares:
             raise ValueError(
                 f"data.batch_size={batch_size} cannot be dealt out to {world} processes x {accumulate} accumulation "

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datamodules.batches import WindowBatch
+from datamodules.loaders import batch_loader
 from datamodules.shards import Stream
 from datamodules.steps import FromStep
 from datamodules.text_sources import find_text
@@ -181,7 +182,7 @@ class Text(L.LightningDataModule):
             document_mask=self.document_mask,
             align=self.align,
         )
-        return self._loader(windows, FromStep(windows, lambda: self.trainer.global_step))
+        return batch_loader(windows, FromStep(windows, lambda: self.trainer.global_step), self.workers, self.seed)
 
     def val_dataloader(self) -> DataLoader:
         return self._whole("val")
@@ -198,15 +199,4 @@ class Text(L.LightningDataModule):
         windows = EvalWindows(
             self.parts[part], self.context, rows, self.trainer.global_rank, world, self.end, self.document_mask
         )
-        return self._loader(windows, range(len(windows)))
-
-    def _loader(self, windows: Dataset, order: FromStep | range) -> DataLoader:
-        return DataLoader(
-            windows,
-            batch_size=None,
-            sampler=order,
-            num_workers=self.workers,
-            pin_memory=torch.cuda.is_available(),
-            # its own: the workers' seeds that a loader draws must not move the generator of the run
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        return batch_loader(windows, range(len(windows)), self.workers, self.seed)

@@ -108,10 +108,14 @@ def _batches(config: DictConfig, choices: dict[str, str]) -> list[str | None]:
 def _way(config: DictConfig) -> list[str | None]:
     unknown = [stage for stage in config.stages if stage not in STAGES]
     known = config.resume in ("auto", "never") or Path(config.resume, "run.json").exists()
+    steps, iterations = config.trainer.max_steps, config.model.get("iterations", 1)
     return [
         f"stages={unknown[0]}: there are {', '.join(STAGES)}" if unknown else None,
         f"resume={config.resume} is no run folder (it has no run.json): use auto, never or such a folder"
         if not known else None,
+        f"trainer.max_steps={steps} is no multiple of model.iterations={iterations}: every iteration has as many "
+        f"steps, so take {iterations * max(1, round(steps / iterations))}"
+        if iterations > 0 and steps % iterations else None,
     ]  # fmt: skip
 
 

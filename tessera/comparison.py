@@ -18,6 +18,7 @@ from tessera.folder import RunFolder
 from tessera.report import save_figure
 
 Curve = dict[int, float]  # value by step
+FEW_POINTS = 12  # up to which each is marked
 
 
 def compare(runs: Sequence[RunFolder], picture: Path) -> None:
@@ -110,22 +111,45 @@ def curve(path: Path, metric: str) -> Curve:
 
 
 def beside(runs: dict[str, RunFolder], picture: Path) -> None:
-    """Draw what simulations measured by round (`export/curves.csv`) over one another, where at least two left that."""
+    """Draw what simulations measured (`export/curves.csv`) over one another, where at least two left that.
+
+    The first column is the abscissa. Drawn is what stands in the tables of all runs by round or point (`name@...`),
+    with the slopes that were fitted to it.
+    """
     curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
     columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
-    names = [name for name in next(iter(columns.values()), {}) if name != "round"]
-    if len(columns) < 2 or any([name for name in own if name != "round"] != names for own in columns.values()):
+    names = [_shown(columns[label], runs[label]) for label in columns]
+    shared_names = [name for name in names[0] if all(name in own for own in names)] if names else []
+    abscissae = {next(iter(own)) for own in columns.values()}
+    if len(columns) < 2 or not shared_names or len(abscissae) > 1:
         return
-    made, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], names):
+    abscissa = abscissae.pop()
+    made, axes = plt.subplots(
+        1, len(shared_names), figsize=(5 * len(shared_names), 4), squeeze=False, layout="constrained"
+    )
+    for axis, name in zip(axes[0], shared_names):
         for label, own in columns.items():
-            axis.plot(own["round"], own[name], label=label)
+            fitted = runs[label].results["table"].get(f"{name}_slope")
+            slope = "" if fitted is None else f", slope {fitted.split()[0]}"
+            few = len(own[abscissa]) <= FEW_POINTS
+            axis.plot(own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope)
         seen = [value for own in columns.values() for value in own[name] if value > 0]
         if seen and max(seen) > 100 * min(seen):
             axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
-        axis.set(xlabel="rounds", title=name)
-    axes[0, -1].legend(fontsize=8)
+        if few:
+            points = next(iter(columns.values()))[abscissa]
+            axis.set_xticks(points, [f"{point:g}" for point in points])
+            axis.minorticks_off()
+        axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
+        axis.legend(fontsize=7)
     save_figure(made, picture)
+
+
+def _shown(columns: dict[str, list[float]], run: RunFolder) -> list[str]:
+    """The measurements that stand in the table of a run by round; all where none does."""
+    table = run.results.get("table", {})
+    found = [name for name in list(columns)[1:] if any(cell.startswith(f"{name}@") for cell in table)]
+    return found or list(columns)[1:]
 
 
 def _columns(path: Path) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ from tessera.compose import compose
 from tessera.folder import RunFolder, fingerprint, held, refuse_another
 from tessera.sharded import set_aside
 from tessera.stopping import STOP
-from tessera.words import Refusal, phase
+from tessera.words import Refusal, about, phase
 
 
 @dataclass
@@ -94,8 +94,10 @@ def main(words: list[str]) -> int:
 
 
 def _all(words: list[str]) -> int:
-    config = compose(words)[0]
+    config, choices = compose(words)
     ranks.join(config.trainer.timeout_minutes)
+    if ranks.rank() == 0 and (recipe := choices.get("recipe/real")):
+        print(f"real rows: {about(f'recipe/real/{recipe}')} (conf/recipe/real/{recipe}.yaml)")
     compared = config.compare or {}
     others = {label: phase(list(other), words) for label, other in compared.items()}
     for label, other in list(others.items()):

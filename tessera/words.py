@@ -17,7 +17,8 @@ from tessera.compose import CONF, compose
 # Words of the main run that are about its own method: a run that prepares or compares has its own
 OWN = (
     *("model", "objective", "pairwise", "oracle", "algorithm", "optimizer", "scheduler", "start", "compare", "stages"),
-    *("sampler", "path", "grid", "study", "ckpt_path", "policy_weights", "record"),
+    *("against", "bonus", "decision", "grid", "kernel", "noise", "path", "sampler", "study"),
+    *("ckpt_path", "policy_weights", "record"),
 )
 PATHS = ("data.path", "data.trajectories", "ckpt_path", "policy_weights")
 
@@ -34,9 +35,14 @@ def groups() -> dict[str, dict[str, str]]:
     """Every configuration group with its words, each with the first comment line of its file."""
     found: dict[str, dict[str, str]] = {}
     for path in sorted(CONF.glob("*/*.yaml")):
-        comments = [line for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
-        found.setdefault(path.parent.name, {})[path.stem] = comments[0][2:] if comments else ""
+        found.setdefault(path.parent.name, {})[path.stem] = about(f"{path.parent.name}/{path.stem}")
     return found
+
+
+def about(choice: str) -> str:
+    """The first comment line of `conf/<choice>.yaml`, where it has one."""
+    lines = (CONF / f"{choice}.yaml").read_text().splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ") and "@package" not in line), "")
 
 
 def nearest(word: str, known: list[str]) -> str:
@@ -129,8 +135,19 @@ def _composed(words: list[str], found: list[str]) -> DictConfig | None:
         return compose(words)[0]
     except (HydraException, OmegaConfBaseException) as error:
         said = [line for line in str(error).splitlines() if not line.startswith("To append")]
-        found.append(" ".join(said[:2]))
+        found.append(_homeless(said[0]) or " ".join(said[:2]))
         return None
+
+
+def _homeless(said: str) -> str | None:
+    """The sentence for a group that none of the words has, such as `algorithm=mpo` without `model=markov_game`."""
+    match = re.match(r"(?:In '(\w+)/(\w+)': )?Could not override '(\w+)'", said)
+    if match is None:
+        return None
+    asking, group = f"{match[1]}={match[2]}" if match[1] else f"{match[3]}=...", match[3]
+    homes = [path for path in sorted(CONF.glob("*/*.yaml")) if re.search(rf"^ *- /{group}:", path.read_text(), re.M)]
+    words = " or ".join(f"{path.parent.name}={path.stem}" for path in homes)
+    return f"{asking} does not fit the other words: conf/{group}/ is for {words}"
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

@@ -51,7 +51,7 @@ class Endpoint(Oracle):
         threads: int,
     ) -> None:
         if not re.fullmatch(r"https?://[^@\s]+", url):
-            raise ValueError("oracle.url must begin with http:// or https:// and hold no name or password")
+            raise ValueError("model.oracle.url must begin with http:// or https:// and hold no name or password")
         self.address, self.model, self.template = ADDRESS.format(url=url.rstrip("/")), model, template
         self.key_env, self.logprobs = key_env, logprobs
         self.timeout, self.retries, self.pause, self.threads = timeout, retries, pause, threads
@@ -96,12 +96,12 @@ class Endpoint(Oracle):
                 time.sleep(min(LONGEST_PAUSE, self.pause * 2**attempt))
         raise ConnectionError(
             f"prompt {prompt.id}: {self.address} gave no verdict in {self.retries + 1} attempts, at last: {reason}; "
-            "finished labels are kept: start the same command again when it answers, or raise oracle.timeout"
+            "finished labels are kept: start the same command again when it answers, or raise model.oracle.timeout"
         )
 
     def _refused(self, prompt: Prompt, code: int) -> str:
         remedy = f"set the environment variable {self.key_env} to a valid key" if code in (401, 403) else (
-            "check oracle.url and oracle.model"
+            "check model.oracle.url and model.oracle.model"
         )  # fmt: skip
         return f"prompt {prompt.id}: {self.address} refuses with HTTP {code}: {remedy}"
 

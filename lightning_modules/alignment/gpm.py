@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from datamodules.batches import Pair, PreferenceBatch
 from lightning_modules import sharding
-from lightning_modules.alignment import judges, reward_bench
+from lightning_modules.alignment import judge_export, reward_bench
 from lightning_modules.alignment.judge_figures import circles, reliability, tables
+from lightning_modules.alignment.judge_heads import new_head
 from lightning_modules.alignment.judges import EmbeddingJudge, Judge
 from lightning_modules.alignment.pair_accuracy import intervals, measure
 from lightning_modules.alignment.policy import Policy, unsharded
@@ -55,6 +56,10 @@ class PreferenceModel(Method):
     def policy(self) -> Policy:
         """The trunk, by the name that datamodules know."""
         return self.judge.policy
+
+    def length(self, prompt: int, answers: list[int]) -> int:
+        """Tokens of the longest sequence that is read of a pair, see `Judge.length`."""
+        return self.judge.length(prompt, answers)
 
     def networks(self) -> dict[str, nn.Module]:
         return self.judge.networks()
@@ -146,6 +151,6 @@ class PreferenceModel(Method):
     def export(self, folder: Path) -> None:
         policy, head = unsharded(self.policy), self.judge.networks().get("head")
         if head is not None:
-            head = sharding.unsharded(head, lambda: judges.new_head(head.settings, self.policy.width))
+            head = sharding.unsharded(head, lambda: new_head(head.settings, self.policy.width))
         if self.trainer.is_global_zero:
-            judges.export(self.judge.about, policy, head, folder)
+            judge_export.export(self.judge.about, policy, head, folder)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from datamodules.batches import Prompt
-from lightning_modules.alignment.judges import load
+from lightning_modules.alignment.judge_export import load
 from lightning_modules.alignment.oracle import Oracle
 
 

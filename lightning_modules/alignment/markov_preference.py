@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from datamodules.batches import Pair, Prompt, Trajectory
@@ -114,12 +115,23 @@ class MarkovPreference(Iterative):
     def _conversations(
         self, prompts: list[Prompt], sampler: Sampler, identity: dict[str, Any], folder: Path
     ) -> list[State]:
-        """The states of every conversation, turn by turn, which go on from the first answer to each."""
+        """The states of every conversation, turn by turn, which go on from the first answer to each.
+
+        A conversation ends where its next prompt would be longer than `data.max_prompt`, as it does in `to_the_end`.
+        """
         states: list[State] = []
+        data, begun, stopped = self.trainer.datamodule, len(prompts), 0
         while prompts:
             found = self._states(prompts, sampler, identity, folder)
             states += found
-            prompts = [self._after(state.prompt, state.answers[0]) for state in found if state.prompt.script]
+            following = [after(s.prompt, s.answers[0].response, "", data) for s in found if s.prompt.script]
+            prompts = [prompt for prompt in following if len(prompt.ids) <= data.max_prompt]
+            stopped += len(following) - len(prompts)
+        if stopped:
+            rank_zero_warn(
+                f"{stopped} of {begun} conversations end before the user's script does, where the next prompt is over "
+                f"data.max_prompt={data.max_prompt}: raise that, or lower rollouts.max_new"
+            )
         return states
 
     def _states(self, prompts: list[Prompt], sampler: Sampler, identity: dict[str, Any], folder: Path) -> list[State]:
@@ -147,18 +159,6 @@ class MarkovPreference(Iterative):
             self.sample(sampler.policy, prompts, k, sampler.sampling, identity, folder)
         return load(folder / cache_key(sampler.weights, prompts, k, sampler.sampling, identity))
 
-    def _after(self, prompt: Prompt, answer: Trajectory) -> Prompt:
-        """The prompt of the next turn. Raises ValueError where it is too long."""
-        data = self.trainer.datamodule
-        following, longest = after(prompt, answer.response, "", data), data.max_prompt
-        if len(following.ids) > longest:
-            raise ValueError(
-                f"conversation {prompt.id}: with its answers the prompt of turn {len(following.messages) // 2 + 1} is "
-                f"{len(following.ids)} tokens long, over data.max_prompt={longest}: raise that, or lower "
-                "rollouts.max_new"
-            )
-        return following
-
     # Values
 
     def _values(
@@ -181,24 +181,28 @@ class MarkovPreference(Iterative):
     def _tables_before(
         self, number: int, states: list[State], prompts: list[Prompt], identity: dict[str, Any], folder: Path
     ) -> list[Float[Tensor, "k opponents"] | None]:
-        """Preferences over the answers of the previous policy; None in the first iteration, and for MPO."""
+        """Preferences over the answers of the previous policy; None in the first iteration, and for MPO.
+
+        With `match` also where the previous policy's conversation had ended before that turn.
+        """
         if not self.optimistic or number == 0:
             return [None] * len(states)
         if self.opponent_states == "match":
             sampler = Sampler(self.answered_before, None, self._sampling(number - 1))
             earlier = {s.prompt.id: s for s in self._conversations(prompts, sampler, identity, folder)}
-            opponents = [earlier[state.prompt.id] for state in states]
+            met = [state for state in states if state.prompt.id in earlier]
+            opponents = [earlier[state.prompt.id] for state in met]
         else:
+            met = states
             # numbers of their own: at the first turn these would be the answers of the iteration before again
             sampling = replace(self._sampling(number), seed=self._sampling(number).seed + SEEDS_APART // 2)
             policy = with_weights(self.policy, self.kept["before"])
             sampler = Sampler(policy.fingerprint(), policy, sampling)
             opponents = [s for depth in _by_turn(states) for s in self._states(depth, sampler, identity, folder)]
-        return self._against(states, opponents, folder)
+        against = dict(zip((state.prompt.id for state in met), self._against(met, opponents, folder)))
+        return [against.get(state.prompt.id) for state in states]
 
-    def _against(
-        self, states: list[State], opponents: list[State], folder: Path
-    ) -> list[Float[Tensor, "k opponents"] | None]:
+    def _against(self, states: list[State], opponents: list[State], folder: Path) -> list[Float[Tensor, "k opponents"]]:
         rows = [
             (state.prompt, one, other, first, second)
             for state, rival in zip(states, opponents)

@@ -177,7 +177,14 @@ class Table(Oracle):
     def __init__(self, answers: list[str], preferences: list[list[float]]) -> None:
         self.answers, self.preferences = list(answers), torch.tensor(preferences, dtype=torch.float64)
         if self.preferences.shape != (len(answers), len(answers)):
-            raise ValueError(f"oracle.preferences: {len(answers)} answers need as many rows and columns")
+            raise ValueError(f"model.oracle.preferences: {len(answers)} answers need as many rows and columns")
+        if not torch.all((self.preferences >= 0) & (self.preferences <= 1)):
+            raise ValueError(f"model.oracle.preferences={preferences}: these are not all probabilities in [0, 1]")
+        if torch.any((self.preferences + self.preferences.T - 1).abs() > TOLERANCE):
+            raise ValueError(
+                f"model.oracle.preferences={preferences}: the two orders of a pair do not add up to 1; write 1 - P for "
+                "the other order, and 0.5 for an answer against itself"
+            )
         self._place = {text: place for place, text in enumerate(self.answers)}
 
     @property
@@ -192,7 +199,7 @@ class Table(Oracle):
 
     def _found(self, text: str, prompt: Prompt) -> int:
         if text not in self._place:
-            raise ValueError(f"prompt {prompt.id}: {text!r} is none of the answers that oracle.answers lists")
+            raise ValueError(f"prompt {prompt.id}: {text!r} is none of the answers that model.oracle.answers lists")
         return self._place[text]
 
 

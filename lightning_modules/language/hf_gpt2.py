@@ -11,7 +11,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_modules.language import weights
+from lightning_modules import weights
 from lightning_modules.language.gpt2 import GPT2
 
 ACTIVATIONS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "erf"}

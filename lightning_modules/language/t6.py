@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from kernels.tpa.dispatch import Impl
+from lightning_modules import weights
 from lightning_modules.language import tensor_product as tpa
-from lightning_modules.language import weights
 from lightning_modules.language.attention import Attention
 from lightning_modules.language.decoder import Block, Decoder
 from lightning_modules.language.gpt2 import MLP

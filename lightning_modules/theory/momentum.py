@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-NEWTON_STEPS = 100
+from lightning_modules.theory.bradley_terry import penalised_fit
 
 
 def extrapolated(
@@ -67,22 +67,8 @@ def sampled_fit(
 
     Raises FloatingPointError where that does not converge.
     """
-    counts = _win_rates(winners, losers, log_reference)
-    moved = torch.zeros_like(log_reference)
-    eye = torch.eye(moved.shape[-1], dtype=moved.dtype)
-    for _ in range(NEWTON_STEPS):
-        wrong = torch.sigmoid(-beta * (moved[..., :, None] - moved[..., None, :]))
-        pull = counts * wrong
-        gradient = beta * (pull.sum(-2) - pull.sum(-1)) + 2 * penalty * moved
-        if gradient.abs().max() < 1e-12:
-            return (log_reference + moved).log_softmax(-1)
-        weight = beta**2 * pull * (1 - wrong)
-        weight = weight + weight.mT
-        hessian = torch.diag_embed(weight.sum(-1)) - weight + 2 * penalty * eye
-        moved = moved - torch.linalg.solve(hessian, gradient)
-    raise FloatingPointError(
-        f"the fit did not converge, its gradient is {float(gradient.abs().max()):.1e}: raise model.beta or model.pairs"
-    )
+    moved = penalised_fit(_win_rates(winners, losers, log_reference), beta, penalty)
+    return (log_reference + moved).log_softmax(-1)
 
 
 def _win_rates(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import lightning as L
 import torch
 
+from datamodules.batches import Bandit
 from lightning_modules.theory.momentum import (
     check_momentum,
     exact_fit,
@@ -57,10 +58,13 @@ class PreferenceBandit(Simulation):
     def meet(self, data: L.LightningDataModule) -> None:
         """Take the rewards of the answers and the policy to start from."""
         super().meet(data)
-        if not hasattr(data, "log_reference"):
-            raise ValueError(f"data={data.name} has no rewards of answers: take data=bandit")
-        start = data.log_reference.expand(self.copies, -1)
-        self.register_buffer("reward", data.reward.clone(), persistent=False)
+        bandit = getattr(data, "instance", None)
+        if not isinstance(bandit, Bandit) or bandit.reward.shape[:-1] != (1,):
+            raise ValueError(
+                f"data={data.name} has no rewards of the answers to one prompt: take data=preference_bandit"
+            )
+        start = bandit.log_reference.expand(self.copies, -1)
+        self.register_buffer("reward", bandit.reward[0].clone(), persistent=False)
         self.register_buffer("log_policy", start.clone())
         self.register_buffer("fitted", start.clone())
 

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_modules.alignment.judges import EmbeddingHead, EmbeddingJudge, PairwiseJudge, RewardHead, export
+from lightning_modules.alignment.judge_export import export
+from lightning_modules.alignment.judge_heads import EmbeddingHead, RewardHead
+from lightning_modules.alignment.judges import EmbeddingJudge
+from lightning_modules.alignment.pairwise_judge import PairwiseJudge
 from lightning_modules.alignment.policies import pretrained
 from tessera.folder import RunFolder
 from tessera.run import carry_out, prepare

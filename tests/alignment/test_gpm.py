@@ -13,16 +13,11 @@ from datamodules.batches import Message, Pair, Prompt
 from datamodules.collation import preference_batch
 from datamodules.tournaments import Tournaments
 from lightning_modules.alignment import policies
-from lightning_modules.alignment.gpm import PreferenceModel, load
-from lightning_modules.alignment.judges import (
-    EmbeddingHead,
-    EmbeddingJudge,
-    Gate,
-    PairwiseJudge,
-    RewardHead,
-    ended,
-    swap_averaged,
-)
+from lightning_modules.alignment.gpm import PreferenceModel
+from lightning_modules.alignment.judge_export import load
+from lightning_modules.alignment.judge_heads import EmbeddingHead, Gate, RewardHead
+from lightning_modules.alignment.judges import EmbeddingJudge, ended
+from lightning_modules.alignment.pairwise_judge import PairwiseJudge, swap_averaged
 from lightning_modules.alignment.policy import Policy
 from lightning_modules.alignment.preference_embedding import cross_entropy, regression
 from lightning_modules.alignment.reward_bench import SUBSETS
@@ -126,6 +121,14 @@ def test_left_padding_is_right_padding_where_positions_say_where_a_sequence_begi
     padded, plain = judge.embed(left, marked, positions), judge.embed(ids, mask)
     torch.testing.assert_close(padded.vectors, plain.vectors, **CLOSE)
     torch.testing.assert_close(padded.scale, plain.scale, **CLOSE)
+
+
+def test_pairpm_reads_as_many_tokens_of_a_pair_as_it_says():
+    judge = PairwiseJudge(small_policy())
+    ids, mask = torch.full((1, 2, 12), 7), torch.zeros(1, 2, 11, dtype=torch.bool)
+    mask[0, 0, 4:7], mask[0, 1, 4:11] = True, True
+    text, _ = judge._texts(ids[0].tolist(), mask[0].tolist())
+    assert len(text) + 1 == judge.length(5, [3, 7])
 
 
 @pytest.mark.parametrize("kind", ["gpm", "pairpm"])

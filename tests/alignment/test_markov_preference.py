@@ -120,6 +120,20 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(tmp_path, opponent_states
     assert all(torch.equal(a, b) for a, b in zip(whole.policy.parameters(), again.policy.parameters()))
 
 
+@pytest.mark.parametrize("opponent_states", ["regenerate", "match"])
+def test_a_conversation_ends_where_its_next_prompt_is_too_long(tmp_path, opponent_states, monkeypatch):
+    made = conversations(tmp_path)
+    monkeypatch.setattr(made, "max_prompt", 33)  # tokens: two of the second prompts have 34 and 37
+    monkeypatch.setitem(globals(), "conversations", lambda _: made)
+    learner = method(opponent_states=opponent_states)
+    with pytest.warns(UserWarning, match=r"^2 of 4 conversations end before the user's script does, .*max_prompt=33"):
+        play(learner, tmp_path)
+    for states, _ in learner.seen.values():
+        assert all(len(state.prompt.ids) <= 33 for state in states)
+    turns = [len(state.prompt.script) for state in learner.seen[0][0]]
+    assert turns == [1, 1, 1, 1, 0, 0]
+
+
 def test_the_previous_policys_answers_are_taken_off_what_counts_twice(tmp_path):
     made = method(opponent_states="match")
     play(made, tmp_path)

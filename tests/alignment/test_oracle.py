@@ -39,6 +39,20 @@ def test_a_table_says_what_stands_in_it():
     )
 
 
+@pytest.mark.parametrize(
+    ("preferences", "said"),
+    [
+        ([[0.5, 1.2], [-0.2, 0.5]], "not all probabilities"),
+        ([[0.5, float("nan")], [0.5, 0.5]], "not all probabilities"),
+        ([[0.5, 0.7], [0.7, 0.5]], "do not add up to 1"),
+        ([[0.5, 0.5]], "2 answers need as many rows and columns"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_when_it_is_made(preferences, said):
+    with pytest.raises(ValueError, match=r"^model\.oracle\.preferences.*" + said):
+        Table([ROCK, PAPER], preferences)
+
+
 def test_tables_of_several_prompts_may_differ_in_size():
     two, three = table().tables([prompt(0), prompt(1)], [[ROCK, PAPER], [SCISSORS, ROCK, ROCK]])
     torch.testing.assert_close(two, torch.tensor([[0.5, 0.3], [0.7, 0.5]]))
@@ -204,7 +218,7 @@ def test_nobody_at_the_address_is_one_sentence():
     oracle = endpoint(SimpleNamespace(url="http://127.0.0.1:9"), retries=1)
     with pytest.raises(ConnectionError, match="gave no verdict in 2 attempts"):
         oracle.prefer([prompt()], ["a"], ["b"])
-    with pytest.raises(ValueError, match=r"oracle\.url must begin with http"):
+    with pytest.raises(ValueError, match=r"model\.oracle\.url must begin with http"):
         endpoint(SimpleNamespace(url="http://user:word@host"))
 
 
@@ -212,7 +226,9 @@ def test_a_judge_of_another_run_is_an_oracle(tmp_path):
     from functools import partial
 
     from lightning_modules.alignment import policies
-    from lightning_modules.alignment.judges import EmbeddingHead, EmbeddingJudge, export
+    from lightning_modules.alignment.judge_export import export
+    from lightning_modules.alignment.judge_heads import EmbeddingHead
+    from lightning_modules.alignment.judges import EmbeddingJudge
     from lightning_modules.alignment.learned_oracle import Learned
 
     policy = policies.tiny(width=16, layers=1, heads=2, hidden=16, context=64)

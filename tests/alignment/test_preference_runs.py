@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_modules.alignment.judges import load
+from lightning_modules.alignment.judge_export import load
 from tests.parity import curve, follows, launched, residuals
 
 SMALLEST = (

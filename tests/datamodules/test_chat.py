@@ -173,7 +173,7 @@ def test_held_out_pairs_come_by_subset_where_a_benchmark_has_some(made, tmp_path
     rows = [row | {"subset": ("hep-cpp", "hep-go")[i % 2], "id": i} for i, row in enumerate(plain())]
     rows[-1] |= {"subset": "hep-java", "chosen": "y" * 500}
     data = at(made(path=rows_of(tmp_path / "test.jsonl", rows)), Learner())
-    with pytest.warns(UserWarning, match="1 of 1 test pairs left out"):
+    with pytest.warns(UserWarning, match="1 of 1 test pairs of hep-java left out"):
         loaders = data.test_dataloader()
     assert data.subsets == ("prompts", "hep-cpp", "hep-go", "hep-java")
     assert [sum(len(batch["ids"]) for batch in loader) for loader in loaders[1:]] == [20, 19, 0]
@@ -228,6 +228,20 @@ def test_what_is_too_long_is_left_out_whole_and_counted_in_one_line(made, tmp_pa
     assert f"{long[0]} x prompt over data.max_prompt=20" in line
     assert f"{long[1]} x response over data.max_response=20" in line
     assert len(data.pairs) == len(train) - sum(long)
+
+
+def test_a_pair_that_is_too_long_only_for_who_reads_both_at_once_is_left_out_for_them(made, tmp_path):
+    rows = plain(60)
+    for row in rows[:20]:
+        row["rejected"] = "n" * 30
+    both = Learner()
+    both.length = lambda prompt, answers: POLICY.context + (sum(answers) > 30)
+    path = rows_of(tmp_path / "rows.jsonl", rows)
+    at(made(path=path), Learner()).train_dataloader()
+    data = at(made(path=path), both)
+    with pytest.warns(UserWarning, match=f"train pairs left out: .* over the policy's context of {POLICY.context}"):
+        data.train_dataloader()
+    assert len(data.pairs) == sum("nn" not in row.replies[1] for row in data.parts["train"])
 
 
 def test_ties_are_left_out_and_counted_or_kept_as_a_half(made, tmp_path):

@@ -137,6 +137,8 @@ DEFECTS = {
         "answer_2_turns": ["2"],
     },
     "the reply is labelled false": {"messages": said("a?", "b"), "label": False},
+    "a pair has only its chosen": {"prompt": "a?", "chosen": "yes"},
+    "a pair has only its response_2": {"prompt": "a?", "response_2": "yes", "label": 1},
     "no known layout": {"question": "a?", "answer": "b"},
 }  # fmt: skip
 

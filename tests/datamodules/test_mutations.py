@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 from pathlib import Path
 
 import pytest
@@ -86,15 +85,6 @@ MUTATIONS = [
     byte_flip, cut, line_swap, type_change, empty_field, huge_integer, wrong_encoding, insertion, duplicate_line,
 ]  # fmt: skip
 NEVER_READ = {type_change, empty_field, duplicate_line}
-
-
-@pytest.fixture
-def _no_hang():
-    """A minute for 200 small files, else the alarm fails the test."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a damaged file hangs the reader"))
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
 
 
 @pytest.mark.usefixtures("_no_hang")

@@ -230,6 +230,10 @@ def test_a_folder_without_weights_is_no_start(refused, tmp_path):
         (["objective=dro"], "Did you mean to override objective@model.objective?"),
         (["model.value=both"], "model.value=both: use separate or shared"),
         (["model=sft", "data.max_response=5"], "there is no row to train on"),
+        (
+            ["model=sppo", "trainer.max_steps=4"],
+            "is no multiple of model.iterations=3: every iteration has as many steps, so",
+        ),
     ],
 )
 def test_words_that_do_not_fit_are_refused(refused, words, reason):

@@ -56,6 +56,9 @@ def test_every_choice_composes(path):
         pytest.skip("chosen through others")
     # of which the group is a part
     owners = {"algorithm": "markov_game", "network": "gpt2", "objective": "dqo", "oracle": "apo", "pairwise": "dpo"}
+    owners |= dict.fromkeys(("bonus", "decision", "instance", "regularizer"), "kl_ucb") | {"feedback": "kl_pcb"}
+    owners |= dict.fromkeys(("against", "kernel", "noise", "target"), "ctmc")
+    owners |= dict.fromkeys(("path", "sampler", "study"), "ode_samplers") | {"grid": "learned_score"}
     model = owners.get(group)
     word = f"{group}@model.{group}" if group in ("objective", "network") else group
     compose([f"model={model}", f"{word}={path.stem}"] if model else [f"{group}={path.stem}"])

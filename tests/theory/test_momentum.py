@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from datamodules.bandit import Bandit
+from datamodules.bandit import Bandits
+from datamodules.bandit_instances import random_answers
 from lightning_modules.theory.momentum import (
     acceleration,
     exact_fit,
@@ -30,8 +31,8 @@ SAMPLED = {  # mean reward after 1, 2, 3, 5, 8 rounds: (alpha, control)
 AT = [1, 2, 3, 5, 8]
 
 
-def bandit(scale: float, rounds: int) -> Bandit:
-    return Bandit("bandit", answers=20, scale=scale, problem=0, rounds=rounds, chunk=1, limit=None)
+def bandit(scale: float, rounds: int) -> Bandits:
+    return Bandits("bandit", random_answers(20, scale, problem=0), log=None, rounds=rounds, chunk=1, limit=None)
 
 
 def method(**settings) -> PreferenceBandit:
@@ -50,14 +51,15 @@ def test_exact_rounds_lack_of_the_best_reward_what_the_table_says(alpha):
 @pytest.mark.parametrize("alpha", [-0.3, 0.0, 0.3, 0.5, 0.9])
 def test_momentum_multiplies_the_rounds(alpha):
     data, beta = bandit(1.0, 1), 10.0
-    policy = before = data.log_reference
+    reward = data.instance.reward[0]
+    policy = before = data.instance.log_reference[0]
     for number in range(1, 201):
-        fitted = exact_fit(policy, data.reward, beta)
+        fitted = exact_fit(policy, reward, beta)
         policy, before = extrapolated(fitted, before, alpha), fitted
-        closed = (data.log_reference + acceleration(number, alpha) * data.reward / beta).log_softmax(-1)
+        closed = (data.instance.log_reference[0] + acceleration(number, alpha) * reward / beta).log_softmax(-1)
         torch.testing.assert_close(fitted, closed, rtol=0, atol=1e-9)
-        lacks = data.reward.max() - fitted.exp() @ data.reward
-        assert lacks <= suboptimality_bound(number, alpha, beta, float(data.log_reference[0]))
+        lacks = reward.max() - fitted.exp() @ reward
+        assert lacks <= suboptimality_bound(number, alpha, beta, float(data.instance.log_reference[0, 0]))
 
 
 def test_the_rounds_that_momentum_is_worth():
@@ -68,10 +70,10 @@ def test_the_rounds_that_momentum_is_worth():
 
 def test_a_fit_to_many_labels_is_nearly_the_exact_one():
     data, draw = bandit(1.0, 1), torch.Generator().manual_seed(0)
-    reference = data.log_reference[None]
-    pairs = sampled_pairs(reference, data.reward, 1_000_000, draw)
+    reference, reward = data.instance.log_reference, data.instance.reward[0]
+    pairs = sampled_pairs(reference, reward, 1_000_000, draw)
     found = sampled_fit(reference, *pairs, beta=2.0, penalty=0.0)
-    torch.testing.assert_close(found, exact_fit(reference, data.reward, 2.0), rtol=0, atol=0.02)
+    torch.testing.assert_close(found, exact_fit(reference, reward, 2.0), rtol=0, atol=0.02)
 
 
 def test_sampled_labels_reach_the_rewards_of_the_table_and_the_control_is_as_good_as_momentum():

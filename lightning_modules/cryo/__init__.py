@@ -1,0 +1,1 @@
+"""Cryo-EM density maps: Fourier shells, measurements, priors and what is restored with them."""
