@@ -14,7 +14,8 @@ from datamodules.steps import FromStep
 
 log = logging.getLogger(__name__)
 
-Covariance = float | list[float] | list[list[float]]  # one variance for all coordinates, one each, or a matrix
+# for a component: one variance for all coordinates, one for each, or a matrix
+Covariance = int | float | list[int | float] | list[list[int | float]]
 
 
 class SimulatedDensity(Rounds):
@@ -29,8 +30,8 @@ class SimulatedDensity(Rounds):
     def __init__(
         self,
         name: str,
-        weights: list[float],
-        means: list[list[float]],
+        weights: list[int | float],
+        means: list[list[int | float]],
         covariances: list[Covariance],
         batch_size: int,
         steps: int,
@@ -103,7 +104,7 @@ class Draws(Dataset):
         return {name: values[mine] for name, values in self.data.drawn(self.data.batch_size, step).items()}
 
 
-def mixture(weights: list[float], means: list[list[float]], covariances: list[Covariance]) -> Mixture:
+def mixture(weights: list[int | float], means: list[list[int | float]], covariances: list[Covariance]) -> Mixture:
     """The mixture of these numbers; ValueError, naming the key, where they do not make one."""
     w = torch.tensor(list(weights), dtype=torch.float64)
     if not len(w) or not torch.isfinite(w).all() or (w < 0).any() or not w.sum() > 0:
@@ -140,7 +141,7 @@ def _covariance(entry: Covariance, d: int, number: int) -> Float[Tensor, "d d"]:
     return matrix
 
 
-def _plain(row: float | list[float]) -> float | list[float]:
+def _plain(row: int | float | list[int | float]) -> int | float | list[int | float]:
     return row if isinstance(row, (int, float)) else list(row)
 
 

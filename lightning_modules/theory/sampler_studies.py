@@ -75,10 +75,12 @@ class Study:
         panels = list(dict.fromkeys(cell.panel for cell, _ in records))
         size = (5.2 * len(panels) + 0.6, 4.6)
         figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
-        for number, ((panel, line), rows) in enumerate(lines(records).items()):
-            axis = axes[0, panels.index(panel)]
+        names = list(dict.fromkeys(cell.line for cell, _ in records))
+        for (panel, line), rows in lines(records).items():
+            axis, number = axes[0, panels.index(panel)], names.index(line)
             x, y = [self.abscissa(cell) for cell, _ in rows], [found[self.drawn] for _, found in rows]
-            style = {"marker": "osD^vP*Xhd"[number % 10], "markersize": 4, "linewidth": 1.2}
+            width = 2.2 if len(names) > 1 and line == names[-1] else 1.1
+            style = {"marker": "osD^vP*Xhd"[number % 10], "markersize": 4, "linewidth": width, "color": f"C{number}"}
             axis.loglog(x, y, label=self.label(line, rows), **style)
         for axis, panel in zip(axes[0], panels):
             self.decorate(axis, [record for record in records if record[0].panel == panel])
