@@ -131,9 +131,12 @@ def made_policy(options: argparse.Namespace) -> Policy:
         return policies.tiny(context=context, **size)
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    sizes = {"n_embd": size["width"], "n_layer": size["layers"], "n_head": size["heads"], "n_inner": size["hidden"]}
-    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return Policy(GPT2LMHeadModel(GPT2Config(len(tokenizer), context, **sizes, **ends)), tokenizer)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=context, n_embd=size["width"], n_layer=size["layers"],
+        n_head=size["heads"], n_inner=size["hidden"], bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Policy(GPT2LMHeadModel(config), tokenizer)
 
 
 def made_pairs(options: argparse.Namespace, policy: Policy) -> list[Pair]:

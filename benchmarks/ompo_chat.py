@@ -64,8 +64,8 @@ def games() -> dict[str, set[str]]:
 def ended(output: Path, own: set[str], seeds: list[int]) -> dict[int, RunFolder]:
     """A game's newest ended run with every seed."""
     found = {}
-    for folder in sorted(output.glob("*/*/*/")):
-        run = RunFolder(folder)
+    for record in sorted(output.glob("*/*/*/run.json")):
+        run = RunFolder(record.parent)
         mine = {word for word in run.record["words"] if word.startswith(("model", "pairwise", "data"))}
         if mine == own and run.results and run.results["seed"] in seeds:
             found[run.results["seed"]] = run

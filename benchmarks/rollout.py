@@ -6,7 +6,8 @@ Two cases. "equal": no response ends before `max_new`, so both sides compute the
 different steps, as real ones do. Neither random weights nor a real model fed with random tokens stop by themselves, so
 the end token gets a constant added to its logit (on both sides, as a bias of the output layer), chosen from the logits
 after the prompts such that a response ends after about `max_new / 2` tokens; in the equal case it never does. Tokens
-after the end are not counted. The sides alternate within a repeat, so that a slow moment of the machine hits both.
+after the end are not counted. The sides alternate within a repeat, so that a slow moment of the machine hits both; the
+ratio is given by the wall's clock and by processor time, which other programs on the machine hardly change.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -71,11 +73,19 @@ def theirs(policy: Policy, prompts: list[list[int]], k: int, sampling: Sampling,
     return tokens
 
 
-def rate(side: Callable[..., int], *args) -> tuple[float, int]:
-    """(tokens a second, tokens)."""
-    start = time.perf_counter()
+class Rate(NamedTuple):
+    """What a side samples: tokens a second, tokens a second of processor time, tokens."""
+
+    wall: float
+    processor: float
+    tokens: int
+
+
+def rate(side: Callable[..., int], *args) -> Rate:
+    """Sample once."""
+    wall, processor = time.perf_counter(), time.process_time()
     tokens = side(*args)
-    return tokens / (time.perf_counter() - start), tokens
+    return Rate(tokens / (time.perf_counter() - wall), tokens / (time.process_time() - processor), tokens)
 
 
 def measure(name: str, case: str, repeats: int) -> None:
@@ -88,13 +98,14 @@ def measure(name: str, case: str, repeats: int) -> None:
     bias_end(policy, prompts[:4], 1e9 if case == "equal" else max_new / 2)
     args = (policy, prompts, k, Sampling(max_new=max_new), rows)
     pairs = [(rate(ours, *args), rate(theirs, *args)) for _ in range(repeats + 1)][1:]  # the first warms up
-    ratios = sorted(mine[0] / other[0] for mine, other in pairs)
-    mine, other = (statistics.median(pair[side][0] for pair in pairs) for side in (0, 1))
-    print(
-        f"{name} {case:6s}: ours {mine:9.0f} tokens/s, transformers {other:9.0f} tokens/s, ratio "
-        f"{statistics.median(ratios):.2f} (min {ratios[0]:.2f}, max {ratios[-1]:.2f}, n={repeats}); "
-        f"{pairs[0][0][1]} and {pairs[0][1][1]} tokens"
-    )
+    found = []
+    for clock in ("wall", "processor"):
+        ratios = sorted(getattr(mine, clock) / getattr(other, clock) for mine, other in pairs)
+        spread = f"[{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        mine, other = (statistics.median(getattr(pair[side], clock) for pair in pairs) for side in (0, 1))
+        found.append(f"{clock} {mine:.0f} and {other:.0f} tokens/s, ratio {statistics.median(ratios):.2f} {spread}")
+    counts = f"{pairs[0][0].tokens} and {pairs[0][1].tokens} tokens, n={repeats}"
+    print(f"{name} {case}, ours and transformers: {'; '.join(found)}; {counts}", flush=True)
 
 
 def main() -> None:

@@ -91,6 +91,16 @@ def test_a_policy_sets_the_sizes_that_suit_it_and_an_experiment_overrules_it():
     assert (large.rollouts.k, large.evaluation.k, large.data.batch_size) == (8, 4, 64)
 
 
+def test_the_games_of_ompo_chat_differ_in_nothing_but_the_game():
+    words = ["experiment=ompo_chat"]
+    compared = compose(words)[0].compare
+    games = [compose([*own, *words])[0] for own in ([], *compared.values())]
+    assert len({(str(c.start), c.model.iterations, c.model.loss.beta, c.optimizer.lr) for c in games}) == 1
+    assert len({(str(c.data.standin), c.data.batch_size, c.trainer.max_steps, c.rollouts.k) for c in games}) == 1
+    start = compose(phase(list(games[0].start), words))[0]
+    assert (start.trainer.max_steps, start.data.standin.train) == (800, 2000)
+
+
 def test_help_names_every_word():
     text = help_text()
     assert all(re.search(rf"^  {re.escape(word)}\b", text, re.M) for word in groups()["model"])
