@@ -32,8 +32,8 @@ def fitted_slope(run):
     ("p", "c", "closed", "least", "most"),
     [
         (0.5, 0.0, 0.428, -1.06, -0.94),
-        (0.5, 1.0, 0.428, -1.06, -0.94),
-        (0.1, 0.0, 0.883, -1.06, -0.94),
+        pytest.param(0.5, 1.0, 0.428, -1.06, -0.94, marks=pytest.mark.slow),
+        pytest.param(0.1, 0.0, 0.883, -1.06, -0.94, marks=pytest.mark.slow),
         (0.1, 1.0, 3.98, -1.06, -0.88),
     ],
 )
@@ -58,7 +58,7 @@ def test_pessimism_pays_where_a_bad_action_is_rare():
     assert at(plug_in, "gap", 65536) < 1e-4 > at(pessimistic, "gap", 65536)
 
 
-@pytest.mark.parametrize("p", TWO_ARMS)
+@pytest.mark.parametrize("p", [0.02, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.5, 0.1))])
 def test_with_chi_square_coverage_does_not_matter(p):
     run = offline(TWO_ARMS[p], 1.0, 0.0, copies=2000, samples=65536, regularizer=ChiSquare())
     assert run.predicted == pytest.approx(0.125, rel=1e-9)
@@ -78,7 +78,7 @@ def test_pessimism_pays_with_pairs_too():
     assert pessimistic[1] < plug_in[1] / 50
 
 
-@pytest.mark.parametrize("p", [0.25, 0.05, 0.01])
+@pytest.mark.parametrize("p", [0.01, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.25, 0.05))])
 def test_two_stages_pay_for_coverage_once(p):
     one, two = (offline(FOUR_ARMS[p], 6.0, 0.0, copies=1000, samples=65536, first=first) for first in (1.0, 0.5))
     closed = {0.25: (0.21, 0.24), 0.05: (2.76, 0.89), 0.01: (19.4, 1.81)}[p]
