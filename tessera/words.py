@@ -146,6 +146,8 @@ def _homeless(said: str) -> str | None:
         return None
     asking, group = f"{match[1]}={match[2]}" if match[1] else f"{match[3]}=...", match[3]
     homes = [path for path in sorted(CONF.glob("*/*.yaml")) if re.search(rf"^ *- /{group}:", path.read_text(), re.M)]
+    if not homes:  # a group that another word places, which Hydra's own sentence names
+        return None
     words = " or ".join(f"{path.parent.name}={path.stem}" for path in homes)
     return f"{asking} does not fit the other words: conf/{group}/ is for {words}"
 

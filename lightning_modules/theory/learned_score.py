@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import matplotlib.pyplot as plt
@@ -49,7 +49,7 @@ class LearnedScore(Method):
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Any,
         path: ProbabilityPath,
         grid: MakeGrid,
         beside: dict[str, Sampler] | None,
@@ -187,11 +187,10 @@ class LearnedScore(Method):
         figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
         for number, (name, sampler) in enumerate(self.samplers.items()):
             for score, style in (("exact", "--"), ("learned", "-")):
-                found = [
-                    (n * sampler.evaluations, tv) for one, kind, n, tv in self.table if (one, kind) == (name, score)
-                ]
-                slope = f", slope {last_slope(*zip(*found)):.2f}" if score == "exact" else ""
-                axis.loglog(*zip(*found), style, marker="o", ms=4, color=f"C{number}", label=f"{name}, {score}{slope}")
+                rows = [(n, tv) for one, kind, n, tv in self.table if (one, kind) == (name, score)]
+                x, y = [float(n * sampler.evaluations) for n, _ in rows], [tv for _, tv in rows]
+                slope = f", slope {last_slope(x, y):.2f}" if score == "exact" and len(rows) > 1 else ""
+                axis.loglog(x, y, style, marker="o", ms=4, color=f"C{number}", label=f"{name}, {score}{slope}")
         axis.set(xlabel="evaluations of the score", ylabel="total variation", title="a learned score has a floor")
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)

@@ -38,7 +38,7 @@ class OdeSamplers(Simulation):
 
     def __init__(
         self,
-        sampler: Sampler,
+        sampler: Any,
         path: paths.Path,
         study: Study,
         prediction: str,

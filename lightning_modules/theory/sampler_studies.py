@@ -56,7 +56,7 @@ class Study:
         raise NotImplementedError
 
     def abscissa(self, cell: Cell) -> float:
-        return cell.x
+        return float(cell.x)
 
     def summary(self, records: Records) -> dict[str, float]:
         """Fitted slopes of all lines."""
@@ -126,7 +126,7 @@ class Orders(Study):
         return {"tv": found.tv, "kl": found.kl}
 
     def abscissa(self, cell: Cell) -> float:
-        return cell.x * self.samplers[cell.line].evaluations
+        return float(cell.x * self.samplers[cell.line].evaluations)
 
     def summary(self, records: Records) -> dict[str, float]:
         own = [row for row in records if row[0].line == self.subject]

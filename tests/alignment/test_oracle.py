@@ -87,7 +87,7 @@ def test_preferences_that_do_not_add_up_to_one_are_refused_with_the_prompt():
         ValueError, match=r"prompt p3: the oracle preference gives 0\.7 and, the answers exchanged, 0\.7"
     ):
         chat(lambda *_: 0.7).prefer([prompt(3)], ["a"], ["b"])
-    with pytest.raises(ValueError, match="prompt p0: the oracle table gives"):
+    with pytest.raises(ValueError, match="the two orders of a pair do not add up to 1"):
         table([[0.5, 0.3, 0.8], [0.6, 0.5, 0.4], [0.2, 0.6, 0.5]]).table(prompt(), [ROCK, PAPER])
 
 

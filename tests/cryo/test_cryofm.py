@@ -108,7 +108,7 @@ def test_it_learns_and_leaves_results_figures_samples_and_a_prior(alone):
     assert results["headline"]["metric"] == "test/loss"
     assert set(results["table"]) >= {"loss", "shell", "t0.1_loss", "t0.9_loss", "sample_std", "log_power"}
     figures = {path.stem for path in (alone / "figures").glob("*.png")}
-    assert figures >= {"learning_curves", "loss_by_time", "samples", "spectra", "restored_denoise", "fsc_denoise"}
+    assert figures >= {"learning_curves", "loss_by_time", "samples", "spectra"}
     assert samples(alone).shape == (3, 8, 8, 8)
     assert prior.load(alone / "export").box == 8
 

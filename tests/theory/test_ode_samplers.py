@@ -61,7 +61,8 @@ OWN = (
 
 
 def test_a_sampler_and_a_path_of_ones_own_are_certified(say, tmp_path):
-    assert say("model=ode_samplers", *SMALL, "model.study.steps=[64,128]", *OWN)[0] == 0
+    status, said = say("model=ode_samplers", *SMALL, "model.study.steps=[64,128]", *OWN)
+    assert status == 0, said
     folder, results = finished(tmp_path, "ode_samplers")
     assert results["metrics"]["test/certified"] == 1
     assert results["metrics"]["test/slope/log_snr/HalfEuler"] == pytest.approx(1, abs=0.15)
@@ -72,7 +73,7 @@ def test_a_sampler_and_a_path_of_ones_own_are_certified(say, tmp_path):
 
 def test_the_same_sampler_and_path_serve_the_learned_score(say, tmp_path):
     small = ("model.points=21", "model.beside=null", "model.steps=[6]", "model.width=16", "trainer.max_steps=20")
-    assert say("model=learned_score", *small, *OWN)[0] == 0
+    assert say("model=learned_score", *small, *OWN) == (0, "")
     folder, results = finished(tmp_path, "learned_score")
     assert {"test/bound", "test/initial", "test/discretisation", "test/floor"} <= set(results["metrics"])
     assert (folder / "figures" / "total_variation.png").stat().st_size
