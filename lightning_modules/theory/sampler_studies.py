@@ -78,13 +78,13 @@ class Study:
         names = list(dict.fromkeys(cell.line for cell, _ in records))
         for (panel, line), rows in lines(records).items():
             axis, number = axes[0, panels.index(panel)], names.index(line)
-            x, y = [self.abscissa(cell) for cell, _ in rows], [found[self.drawn] for _, found in rows]
+            x, y = [self.abscissa(cell) for cell, _ in rows], [above_floor(found[self.drawn]) for _, found in rows]
             width = 2.2 if len(names) > 1 and line == names[-1] else 1.1
             style = {"marker": "osD^vP*Xhd"[number % 10], "markersize": 4, "linewidth": width, "color": f"C{number}"}
             axis.loglog(x, y, label=self.label(line, rows), **style)
         for axis, panel in zip(axes[0], panels):
-            self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.set(title=panel, xlabel=self.x_label)
+            self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.grid(alpha=0.25)
             axis.legend(fontsize=7.5)
         axes[0, 0].set_ylabel(self.y_label)
@@ -142,8 +142,15 @@ class Orders(Study):
         """Whether the measured order is what the sampler states, or more."""
         return self.slope(rows) >= self.samplers[rows[0][0].line].order - BAND
 
+    def label(self, line: str, rows: Records) -> str:
+        slope = self.slope(rows)
+        fitted = f"order {slope:.2f}" if self.drawn == "tv" else f"slope {-slope:.2f}"
+        return f"{line}, {fitted}" if math.isfinite(slope) else line
+
     def decorate(self, axis: plt.Axes, records: Records) -> None:
-        initial = self.laboratory.initial_error()
+        lab = self.laboratory
+        axis.set_title(f"{type(lab.path).__name__}, {records[0][0].panel} grid from t = {lab.start:g} to {lab.stop:g}")
+        initial = lab.initial_error()
         if initial > FLOOR:
             axis.axhline(initial, color="gray", linestyle=":", linewidth=1)
             axis.annotate("initial error", (0.98, initial), xycoords=("axes fraction", "data"), ha="right", fontsize=7)
@@ -338,6 +345,11 @@ def lines(records: Records) -> dict[tuple[str, str], Records]:
     for record in records:
         found.setdefault((record[0].panel, record[0].line), []).append(record)
     return {key: sorted(rows, key=lambda row: row[0].x) for key, rows in found.items()}
+
+
+def above_floor(value: float) -> float:
+    """The value, NaN where rounding has taken over, so that it is not drawn."""
+    return value if value > FLOOR else math.nan
 
 
 def last_slope(x: list[float], y: list[float], floor: float = FLOOR) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules.processes.ode import Sampler
+from lightning_modules.processes.ode import Sampler, moved
 from lightning_modules.processes.paths import Path as ProbabilityPath
 from lightning_modules.theory.sampler_studies import Orders
 from tests.waiting import until
@@ -26,8 +26,8 @@ class HalfEuler(Sampler):
 
     def step(self, prediction, x, t, u, memory):
         middle = (t + u) / 2
-        x = x + (middle - t).to(x) * prediction.drift(x, t)
-        return x + (u - middle).to(x) * prediction.drift(x, middle), None
+        x = moved(x, middle - t, prediction.drift(x, t))
+        return moved(x, u - middle, prediction.drift(x, middle)), None
 
 
 class Cosine(ProbabilityPath):
