@@ -1,6 +1,5 @@
 """A learned score against the exact one: what its errors cost a deterministic sampler (arXiv 2410.14237)."""
 
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from lightning_modules.processes.prediction import Prediction
 from lightning_modules.theory.sampler_laboratory import Laboratory, MakeGrid, recomputed, tv_bound, tv_rate
 from lightning_modules.theory.sampler_studies import last_slope
 from lightning_modules.theory.score_network import ScoreNetwork
+from lightning_modules.theory.tables import write_table
 from lightning_modules.theory.transport import FoldedMap
 
 RATES = 60  # times at which the error of the score is integrated
@@ -66,6 +66,7 @@ class LearnedScore(Method):
         samplers = [*(beside or {}).values(), sampler]
         self.samplers = {type(one).__name__: continuous(one) for one in samplers}
         self.path, self.grid, self.steps = path, grid, sorted(steps)
+        self.table: list[tuple[str, str, int, float]] = []
         self.settings = {"start": start, "stop": stop, "points": points}
         self.sizes = {"width": width, "depth": depth}
         ends = path.log_snr(torch.tensor([start, stop], dtype=torch.float64)).tolist()
@@ -168,17 +169,19 @@ class LearnedScore(Method):
         }
 
     def export(self, folder: Path) -> None:
-        """`table.csv`: sampler, score, steps, total variation."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "table.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerows([["sampler", "score", "steps", "tv"], *getattr(self, "table", [])])
+        """`table.csv`: sampler, score, steps, total variation; `curves.csv`: that of `sampler` by evaluations."""
+        if not self.table:
+            return
+        *_, (own, sampler) = self.samplers.items()
+        curve = [(n * sampler.evaluations, tv) for name, kind, n, tv in self.table if (name, kind) == (own, "learned")]
+        write_table(folder / "curves.csv", ["evaluations of the score", "tv"], curve)
+        write_table(folder / "table.csv", ["sampler", "score", "steps", "tv"], self.table)
 
     # Figures
 
     def figures(self) -> dict[str, Figure]:
         """TV against evaluations, the error of the score along the path, and in the plane what is sampled."""
-        if not hasattr(self, "table"):
+        if not self.table:
             return {}
         made = {"total_variation": self._tv_figure(), "score_error": self._error_figure()}
         return made | ({"samples": self._sample_figure()} if self.laboratory.d == 2 else {})

@@ -47,6 +47,7 @@ class Study:
     x_label: ClassVar[str]
     y_label: ClassVar[str] = "total variation"
     drawn: ClassVar[str] = "tv"
+    corner: ClassVar[str] = "best"  # of the legend
 
     def begin(self, laboratory: Laboratory, sampler: Sampler) -> list[Cell]:
         """Take the laboratory and the sampler that is studied; the cells to measure, that sampler's last."""
@@ -86,7 +87,7 @@ class Study:
             axis.set(title=panel, xlabel=self.x_label)
             self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7.5)
+            axis.legend(fontsize=7.5, loc=self.corner)
         axes[0, 0].set_ylabel(self.y_label)
         return {type(self).__name__.lower(): figure}
 
@@ -102,6 +103,7 @@ class Orders(Study):
     """
 
     x_label = "evaluations of the score"
+    corner = "lower left"
 
     def __init__(self, beside: dict[str, Sampler] | None, grids: dict[str, MakeGrid], steps: list[int]) -> None:
         self.beside, self.grids, self.steps = beside or {}, grids, sorted(steps)

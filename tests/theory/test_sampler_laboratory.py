@@ -300,6 +300,16 @@ def test_a_sampler_below_the_order_that_it_states_is_not_certified():
     assert cells[-1] == Cell("Pretender", "uniform", 32)
 
 
+def test_what_rounding_has_taken_is_not_drawn():
+    study = Orders(None, {"uniform": log_snr}, [8, 16])
+    cells = study.begin(laboratory(points=101), DDIM())
+    found = [{"tv": 1e-2, "kl": 1e-4}, {"tv": 1e-3, "kl": -1e-13}]
+    figures = study.figures(list(zip(cells, found)))
+    drawn = {name: figure.axes[0].lines[0].get_ydata() for name, figure in figures.items()}
+    assert drawn["orders"].tolist() == [1e-2, 1e-3]
+    assert math.isnan(drawn["orders_kl"][1])
+
+
 def test_slopes_leave_out_what_rounding_and_folds_have_taken():
     assert last_slope([1, 2, 4, 8], [1.0, 0.25, 1e-14, math.nan]) == pytest.approx(2)
     assert math.isnan(last_slope([1, 2], [math.nan, 0.1]))
