@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +79,18 @@ def test_the_same_sampler_and_path_serve_the_learned_score(say, tmp_path):
     folder, results = finished(tmp_path, "learned_score")
     assert {"test/bound", "test/initial", "test/discretisation", "test/floor"} <= set(results["metrics"])
     assert (folder / "figures" / "total_variation.png").stat().st_size
+
+
+def test_the_sampler_and_the_path_of_the_page_run_as_they_are_written(say, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
+    (tmp_path / "my_samplers.py").write_text(re.search(r"```python\n(.*?)```", page, re.S).group(1))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = shlex.split(re.search(r"^python train\.py (model=ode_samplers sampler=own .*)$", page, re.M).group(1))
+    status, said = say(*words, *SMALL, "model.study.steps=[16,32]")
+    assert status == 0, said
+    _, results = finished(tmp_path, "ode_samplers")
+    assert results["metrics"]["test/slope/exponential_decay/Ralston"] == pytest.approx(2, abs=0.15)
+    assert results["metrics"]["test/certified"] == 1
 
 
 @pytest.mark.parametrize(
