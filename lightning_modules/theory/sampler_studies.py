@@ -74,21 +74,20 @@ class Study:
     def figures(self, records: Records) -> dict[str, Figure]:
         """A panel beside another, log-log, the fitted slope of every line in the legend."""
         panels = list(dict.fromkeys(cell.panel for cell, _ in records))
-        size = (5.2 * len(panels) + 0.6, 4.6)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        figure, axes = side_by_side(len(panels))
         names = list(dict.fromkeys(cell.line for cell, _ in records))
         for (panel, line), rows in lines(records).items():
-            axis, number = axes[0, panels.index(panel)], names.index(line)
+            axis, number = axes[panels.index(panel)], names.index(line)
             x, y = [self.abscissa(cell) for cell, _ in rows], [above_floor(found[self.drawn]) for _, found in rows]
             width = 2.2 if len(names) > 1 and line == names[-1] else 1.1
             style = {"marker": "osD^vP*Xhd"[number % 10], "markersize": 4, "linewidth": width, "color": f"C{number}"}
             axis.loglog(x, y, label=self.label(line, rows), **style)
-        for axis, panel in zip(axes[0], panels):
+        for axis, panel in zip(axes, panels):
             axis.set(title=panel, xlabel=self.x_label)
             self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.grid(alpha=0.25)
             axis.legend(fontsize=7.5, loc=self.corner)
-        axes[0, 0].set_ylabel(self.y_label)
+            axis.set_ylabel(self.y_label if axis.get_subplotspec().is_first_col() else "")
         return {type(self).__name__.lower(): figure}
 
     def decorate(self, axis: plt.Axes, records: Records) -> None:
@@ -347,6 +346,17 @@ def lines(records: Records) -> dict[tuple[str, str], Records]:
     for record in records:
         found.setdefault((record[0].panel, record[0].line), []).append(record)
     return {key: sorted(rows, key=lambda row: row[0].x) for key, rows in found.items()}
+
+
+def side_by_side(panels: int) -> tuple[Figure, list[plt.Axes]]:
+    """A figure with so many panels of one scale, up to three in a row, more in two rows."""
+    rows = 1 if panels < 4 else 2
+    columns = math.ceil(panels / rows)
+    size = (5.2 * columns + 0.6, 4.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for spare in axes.flat[panels:]:
+        spare.axis("off")
+    return figure, list(axes.flat[:panels])
 
 
 def above_floor(value: float) -> float:
