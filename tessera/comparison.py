@@ -134,6 +134,7 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
         points = next(iter(columns.values()))[abscissa]
         _scale(axis, points, [value for own in columns.values() for value in own[name]])
         axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
+        axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
     save_figure(made, picture)
 

@@ -215,6 +215,7 @@ class Dimension(Study):
         return found | {"tv": records[-1][1]["tv"]} | super().summary(records)
 
     def decorate(self, axis: plt.Axes, records: Records) -> None:
+        axis.set_title(f"product targets, {self.steps} steps")
         x = np.array(sorted({cell.x for cell, _ in records}))
         base = records[0][1]["tv"]
         for power, name in ((0.5, "sqrt(d)"), (2, "d^2, the bound's exponent")):
@@ -277,6 +278,11 @@ class StepsNeeded(Study):
         slope = {"slope_in_d": float(np.polyfit(*wide.T, 1)[0])} if len(wide) > 1 else {}
         found = {f"steps@{d}": steps for d, steps in last} | {"tv": records[-1][1]["tv"], **slope}
         return found | super().summary(records)
+
+    def decorate(self, axis: plt.Axes, records: Records) -> None:
+        axis.set_title(f"{records[0][0].panel} on N(0, {self.std**2:g} I) in d dimensions")
+        axis.set_xticks([1 / epsilon for epsilon in self.epsilons], [f"{1 / epsilon:g}" for epsilon in self.epsilons])
+        axis.set_xticks([], minor=True)
 
 
 class ScoreError(Study):
