@@ -23,7 +23,7 @@ from lightning_modules.cryo.fourier import auc
 from lightning_modules.cryo.tasks import Trials, score_table, scores_csv
 from lightning_modules.method import Method
 from lightning_modules.processes.grids import uniform
-from lightning_modules.processes.ode import Sampler, continuous, sample
+from lightning_modules.processes.ode import continuous, sample
 from lightning_modules.processes.paths import Linear
 from lightning_modules.processes.prediction import Prediction
 from lightning_modules.sharding import unsharded
@@ -77,7 +77,7 @@ class CryoFM(Method):
     def __init__(
         self,
         network: Callable[[], nn.Module],
-        sampler: Sampler,
+        sampler: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., float],
         seed: int,
@@ -320,7 +320,7 @@ class CryoFM(Method):
             prior.save(folder, prior.DensityPrior(network, box=self.box, **units), self.build)
 
 
-def _check(sampler: Sampler, times: str, decay: float, samples: dict[str, int]) -> None:
+def _check(sampler: Any, times: str, decay: float, samples: dict[str, int]) -> None:
     if times not in flow_matching.LAWS:
         raise ValueError(f"model.times={times}: there are {', '.join(flow_matching.LAWS)}")
     if not 0 <= decay < 1:

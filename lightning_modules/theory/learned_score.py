@@ -125,6 +125,15 @@ class LearnedScore(Method):
         with torch.inference_mode(False):  # maps and errors are differentiated
             self.table = self._measured()
             self._log("test", self._budget())
+        if self.trainer.is_global_zero:
+            self._leave(Path(self.trainer.default_root_dir, "export"))
+
+    def _leave(self, folder: Path) -> None:
+        """`table.csv`: sampler, score, steps, total variation; `curves.csv`: that of `sampler` by evaluations."""
+        *_, (own, sampler) = self.samplers.items()
+        curve = [(n * sampler.evaluations, tv) for name, kind, n, tv in self.table if (name, kind) == (own, "learned")]
+        write_table(folder / "curves.csv", ["evaluations of the score", "tv"], curve)
+        write_table(folder / "table.csv", ["sampler", "score", "steps", "tv"], self.table)
 
     def _measured(self) -> list[tuple[str, str, int, float]]:
         """The total variation of each sampler with each score at each number of steps, the learned one last."""
@@ -168,15 +177,6 @@ class LearnedScore(Method):
             "divergence_part": divergence,
         }
 
-    def export(self, folder: Path) -> None:
-        """`table.csv`: sampler, score, steps, total variation; `curves.csv`: that of `sampler` by evaluations."""
-        if not self.table:
-            return
-        *_, (own, sampler) = self.samplers.items()
-        curve = [(n * sampler.evaluations, tv) for name, kind, n, tv in self.table if (name, kind) == (own, "learned")]
-        write_table(folder / "curves.csv", ["evaluations of the score", "tv"], curve)
-        write_table(folder / "table.csv", ["sampler", "score", "steps", "tv"], self.table)
-
     # Figures
 
     def figures(self) -> dict[str, Figure]:
@@ -188,13 +188,16 @@ class LearnedScore(Method):
 
     def _tv_figure(self) -> Figure:
         figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+        ticks = sorted({n * sampler.evaluations for sampler in self.samplers.values() for n in self.steps})
         for number, (name, sampler) in enumerate(self.samplers.items()):
             for score, style in (("exact", "--"), ("learned", "-")):
                 rows = [(n, tv) for one, kind, n, tv in self.table if (one, kind) == (name, score)]
                 x, y = [float(n * sampler.evaluations) for n, _ in rows], [tv for _, tv in rows]
-                slope = f", slope {last_slope(x, y):.2f}" if score == "exact" and len(rows) > 1 else ""
+                slope = f", order {last_slope(x, y):.2f}" if score == "exact" and len(rows) > 1 else ""
                 axis.loglog(x, y, style, marker="o", ms=4, color=f"C{number}", label=f"{name}, {score}{slope}")
         axis.set(xlabel="evaluations of the score", ylabel="total variation", title="a learned score has a floor")
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
         return figure

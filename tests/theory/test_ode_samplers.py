@@ -79,6 +79,11 @@ def test_the_same_sampler_and_path_serve_the_learned_score(say, tmp_path):
     folder, results = finished(tmp_path, "learned_score")
     assert {"test/bound", "test/initial", "test/discretisation", "test/floor"} <= set(results["metrics"])
     assert (folder / "figures" / "total_variation.png").stat().st_size
+    rows = list(csv.DictReader((folder / "export" / "table.csv").open()))
+    assert [(row["sampler"], row["score"]) for row in rows] == [("HalfEuler", "exact"), ("HalfEuler", "learned")]
+    (curve,) = csv.DictReader((folder / "export" / "curves.csv").open())
+    assert curve["evaluations of the score"] == "12"
+    assert float(curve["tv"]) == pytest.approx(results["metrics"]["test/tv@6"], rel=1e-5)
 
 
 def test_the_sampler_and_the_path_of_the_page_run_as_they_are_written(say, tmp_path, monkeypatch):
