@@ -121,6 +121,14 @@ def test_what_cannot_be_measured_is_refused(say, words, said):
     assert said in stderr
 
 
+def test_the_experiment_of_score_errors_resolves_its_frequencies(say, tmp_path):
+    words = ("experiment=score_and_divergence", "model.study.steps=40", "model.study.times=3")
+    status, said = say(*words)
+    assert status == 0, said
+    found = finished(tmp_path, "ode_samplers")[1]["metrics"]
+    assert found["test/tv@A=0.02,omega=16"] > 2 * found["test/tv@A=0.02,omega=4"]
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_ends_with_the_same_table(tmp_path):
     words = ("model=ode_samplers", *SMALL, "sampler=heun", "callbacks.checkpoint_every=1")
