@@ -289,6 +289,7 @@ class ScoreError(Study):
     """An error A sin(omega x) of the score: TV measured, and the bound that weighs its divergence beside its size."""
 
     x_label = "frequency omega of the error"
+    corner = "upper left"
 
     def __init__(
         self, grid: MakeGrid, steps: int, amplitudes: list[float], frequencies: list[float], amplitude: float,
@@ -337,6 +338,7 @@ class ScoreError(Study):
         x = [omega for omega, _ in rows]
         for name, style in (("bound", "k--"), ("score_part", "C7:"), ("divergence_part", "C7-.")):
             axis.loglog(x, [found[name] for _, found in rows], style, linewidth=1, label=PARTS[name])
+        axis.set_ylim(top=8 * max(found["bound"] for _, found in records))  # room for the legend
 
 
 PARTS = {
