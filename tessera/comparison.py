@@ -114,7 +114,7 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     """Draw what simulations measured (`export/curves.csv`) over one another, where at least two left that.
 
     The first column is the abscissa. Drawn is what stands in the tables of all runs by round or point (`name@...`),
-    with the slopes that were fitted to it.
+    with the slopes that were fitted to it. Labels that differ in a last `seed <number>` are a mean with a band.
     """
     curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
     columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
@@ -124,25 +124,50 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     if len(columns) < 2 or not shared_names or len(abscissae) > 1:
         return
     abscissa = abscissae.pop()
-    made, axes = plt.subplots(
-        1, len(shared_names), figsize=(5 * len(shared_names), 4), squeeze=False, layout="constrained"
-    )
+    size = (5 * len(shared_names), 4)
+    made, axes = plt.subplots(1, len(shared_names), figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], shared_names):
-        for label, own in columns.items():
-            fitted = runs[label].results["table"].get(f"{name}_slope")
+        for line, labels in _by_seed(columns).items():
+            fitted = runs[line].results["table"].get(f"{name}_slope") if line in runs else None
             slope = "" if fitted is None else f", slope {fitted.split()[0]}"
-            few = len(own[abscissa]) <= FEW_POINTS
-            axis.plot(own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope)
-        seen = [value for own in columns.values() for value in own[name] if value > 0]
-        if seen and max(seen) > 100 * min(seen):
-            axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
-        if few:
-            points = next(iter(columns.values()))[abscissa]
-            axis.set_xticks(points, [f"{point:g}" for point in points])
-            axis.minorticks_off()
+            _draw(axis, columns[labels[0]][abscissa], [columns[label][name] for label in labels], line + slope)
+        points = next(iter(columns.values()))[abscissa]
+        _scale(axis, points, [value for own in columns.values() for value in own[name]])
         axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
+        axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
     save_figure(made, picture)
+
+
+def _by_seed(columns: dict[str, dict[str, list[float]]]) -> dict[str, list[str]]:
+    """The labels of each line: one, or those that differ in their last `seed <number>` and were measured alike."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for label, own in columns.items():
+        groups.setdefault((re.sub(r",? *seed \d+$", "", label), len(next(iter(own.values())))), []).append(label)
+    return {
+        labels[0] if len(labels) == 1 else f"{name or 'mean'}, {len(labels)} seeds": labels
+        for (name, _), labels in groups.items()
+    }
+
+
+def _draw(axis: plt.Axes, x: list[float], rows: list[list[float]], label: str) -> None:
+    """The mean of the rows, and their range as a band."""
+    points = list(zip(*rows))
+    marker = "o" if len(x) <= FEW_POINTS else None
+    (line,) = axis.plot(x, [statistics.fmean(point) for point in points], marker=marker, markersize=3, label=label)
+    if len(rows) > 1:
+        axis.fill_between(x, [min(p) for p in points], [max(p) for p in points], color=line.get_color(), alpha=0.2)
+
+
+def _scale(axis: plt.Axes, x: list[float], y: list[float]) -> None:
+    """Logarithmic axes for what spans decades, or few points that do; a tick at each of few points."""
+    positive, few = [value for value in y if value > 0], len(x) <= FEW_POINTS
+    wide = few and len(positive) == len(y) and max(x) >= 5 * min(x) > 0
+    if positive and (wide or max(positive) > 100 * min(positive)):
+        axis.set(xscale="log", yscale="log", ylim=(None if wide else max(min(positive), 1e-12), None))
+    if few:
+        axis.set_xticks(x, [f"{point:g}" for point in x])
+        axis.minorticks_off()
 
 
 def _shown(columns: dict[str, list[float]], run: RunFolder) -> list[str]:

@@ -1,6 +1,5 @@
 """Simulations whose rounds are the points of an axis: errors against numbers of steps, dimensions or tolerances."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from datamodules.batches import RoundBatch
 from lightning_modules.theory.simulation import Measured, Simulation
+from lightning_modules.theory.tables import write_table
 
 
 class Sweep(Simulation):
@@ -80,12 +80,9 @@ class Sweep(Simulation):
 
     def export(self, folder: Path) -> None:
         """`curves.csv`: the point, and every measurement after it as a mean over the copies."""
-        folder.mkdir(parents=True, exist_ok=True)
         curves = self.mean_curves()
-        with (folder / "curves.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow([self.against, *curves])
-            rows.writerows(zip(self.points, *(curve.tolist() for curve in curves.values())))
+        rows = zip(self.points, *(curve.tolist() for curve in curves.values()))
+        write_table(folder / "curves.csv", [self.against, *curves], rows)
 
     def figures(self) -> dict[str, Figure]:
         """The measurements of `drawn` against the axis, their range over the copies as a band."""
