@@ -18,6 +18,7 @@ from tessera.folder import RunFolder
 from tessera.report import save_figure
 
 Curve = dict[int, float]  # value by step
+ABSCISSAE = {"round": "rounds", "horizon": "horizon T", "samples": "samples n"}
 FEW_POINTS = 12  # up to which each is marked
 
 
@@ -114,7 +115,7 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     """Draw what simulations measured (`export/curves.csv`) over one another, where at least two left that.
 
     The first column is the abscissa. Drawn is what stands in the tables of all runs by round or point (`name@...`),
-    with the slopes that were fitted to it.
+    with the slopes that were fitted to it, and the band between `<name>_low` and `<name>_high` where there is one.
     """
     curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
     columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
@@ -129,10 +130,16 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     )
     for axis, name in zip(axes[0], shared_names):
         for label, own in columns.items():
-            fitted = runs[label].results["table"].get(f"{name}_slope")
+            fitted = _slope(runs[label].results["table"], name, alone=len(shared_names) == 1)
             slope = "" if fitted is None else f", slope {fitted.split()[0]}"
             few = len(own[abscissa]) <= FEW_POINTS
-            axis.plot(own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope)
+            (line,) = axis.plot(
+                own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope
+            )
+            if f"{name}_low" in own:
+                axis.fill_between(
+                    own[abscissa], own[f"{name}_low"], own[f"{name}_high"], color=line.get_color(), alpha=0.12, lw=0
+                )
         seen = [value for own in columns.values() for value in own[name] if value > 0]
         if seen and max(seen) > 100 * min(seen):
             axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
@@ -140,16 +147,21 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
             points = next(iter(columns.values()))[abscissa]
             axis.set_xticks(points, [f"{point:g}" for point in points])
             axis.minorticks_off()
-        axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
+        axis.set(xlabel=ABSCISSAE.get(abscissa, abscissa), title=name)
         axis.legend(fontsize=7)
     save_figure(made, picture)
+
+
+def _slope(table: dict[str, str], name: str, alone: bool) -> str | None:
+    """The slope fitted to a measurement; the one that has no name belongs to what is drawn `alone`."""
+    return table.get(f"{name}_slope", table.get("slope") if alone else None)
 
 
 def _shown(columns: dict[str, list[float]], run: RunFolder) -> list[str]:
     """The measurements that stand in the table of a run by round; all where none does."""
     table = run.results.get("table", {})
     found = [name for name in list(columns)[1:] if any(cell.startswith(f"{name}@") for cell in table)]
-    return found or list(columns)[1:]
+    return found or [name for name in list(columns)[1:] if not name.endswith(("_low", "_high"))]
 
 
 def _columns(path: Path) -> dict[str, list[float]]:

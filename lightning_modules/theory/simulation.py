@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,13 +66,21 @@ class Simulation(Method):
         self.curves = {name: list(values) for name, values in checkpoint["curves"].items()}
 
     def export(self, folder: Path) -> None:
-        """`curves.csv`: the round, and every measurement after it as a mean over the copies."""
+        """`curves.csv`: the abscissa, and every measurement there as a mean over the copies."""
         folder.mkdir(parents=True, exist_ok=True)
-        curves = self.mean_curves()
+        (name, points), curves = self.abscissa(), self.exported()
         with (folder / "curves.csv").open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["round", *curves])
-            rows.writerows(zip(self.rounds, *(curve.tolist() for curve in curves.values())))
+            rows.writerow([name, *curves])
+            rows.writerows(zip(points, *(curve.tolist() for curve in curves.values())))
+
+    def abscissa(self) -> tuple[str, Sequence[float]]:
+        """What curves are over: its name, and its points."""
+        return "round", self.rounds
+
+    def exported(self) -> dict[str, np.ndarray]:
+        """The columns of `curves.csv`; `<name>_low` and `<name>_high` are the band of a measurement."""
+        return self.mean_curves()
 
     # Evaluation: what has been measured already
 

@@ -1,9 +1,7 @@
 """Simulations whose rounds are the points of an axis: errors against numbers of steps, dimensions or tolerances."""
 
-import csv
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
@@ -78,14 +76,8 @@ class Sweep(Simulation):
         fitted = [np.polyfit(abscissa, np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
         return float(fitted[0]), float(min(fitted[1:])), float(max(fitted[1:]))
 
-    def export(self, folder: Path) -> None:
-        """`curves.csv`: the point, and every measurement after it as a mean over the copies."""
-        folder.mkdir(parents=True, exist_ok=True)
-        curves = self.mean_curves()
-        with (folder / "curves.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow([self.against, *curves])
-            rows.writerows(zip(self.points, *(curve.tolist() for curve in curves.values())))
+    def abscissa(self) -> tuple[str, Sequence[float]]:
+        return self.against, self.points
 
     def figures(self) -> dict[str, Figure]:
         """The measurements of `drawn` against the axis, their range over the copies as a band."""
