@@ -149,6 +149,7 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
             axis.minorticks_off()
         axis.set(xlabel=ABSCISSAE.get(abscissa, abscissa), title=name)
         axis.legend(fontsize=7)
+        axis.grid(alpha=0.25)
     save_figure(made, picture)
 
 

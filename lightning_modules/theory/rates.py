@@ -41,12 +41,13 @@ def band(values: Copies) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray,
 
 
 def banded(curves: dict[str, Copies]) -> dict[str, Float[np.ndarray, " point"]]:
-    """The means over copies, each with its band where there are several."""
+    """The means over copies, each with its 95 % interval where there are several."""
     found = {}
     for name, values in curves.items():
-        found[name] = values.mean(1)
-        if values.shape[1] > 1:
-            found[f"{name}_low"], found[f"{name}_high"] = band(values)
+        found[name], copies = values.mean(1), values.shape[1]
+        if copies > 1:
+            half = stats.t.ppf(0.975, copies - 1) * values.std(1, ddof=1) / math.sqrt(copies)
+            found[f"{name}_low"], found[f"{name}_high"] = found[name] - half, found[name] + half
     return found
 
 

@@ -108,8 +108,9 @@ class Regret(Simulation):
         for name, colour in (("regret", "C0"), ("plain_regret", "C1")):
             label = {"regret": "regularised", "plain_regret": "plain, max r - E r"}[name]
             self._draw(power_law, name, label + self._power_label(name), colour)
-        straight.set(xlabel="T", ylabel="regret", title=self.title)
-        power_law.set(yscale="log", xlabel="T", ylabel="regret", title="on logarithmic axes")
+        figure.suptitle(self.title)
+        straight.set(xlabel="T", ylabel="regret")
+        power_law.set(yscale="log", xlabel="T", ylabel="regret")
         for axis in (straight, power_law):
             axis.set_xscale("log", base=2)
             axis.legend(fontsize=8, loc="upper left")

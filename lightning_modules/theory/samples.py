@@ -88,7 +88,8 @@ class Samples(Simulation):
         if self.predicted is not None:
             left.plot(rounds, self.predicted / rounds, "k--", lw=1.2, label=f"predicted, {self.predicted:.3g} / n")
             right.axhline(self.predicted, color="k", ls="--", lw=1.2, label="predicted")
-        left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="gap", title=self.title)
+        left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="gap")
+        figure.suptitle(self.title)
         top = scaled.mean(1).max()
         wide = top > 20 * max(scaled.mean(1)[-1], 1e-300)
         right.set(xscale="log", yscale="log" if wide else "linear", xlabel="samples n", ylabel="n x gap")

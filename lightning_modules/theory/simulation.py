@@ -79,7 +79,7 @@ class Simulation(Method):
         return "round", self.rounds
 
     def exported(self) -> dict[str, np.ndarray]:
-        """The columns of `curves.csv`; `<name>_low` and `<name>_high` are the band of a measurement."""
+        """The columns of `curves.csv`; `<name>_low` and `<name>_high` are the interval of a mean."""
         return self.mean_curves()
 
     # Evaluation: what has been measured already
