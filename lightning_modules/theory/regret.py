@@ -94,7 +94,7 @@ class Regret(Simulation):
         fitted = (rounds >= self.fit_from) & (rounds & (rounds - 1) == 0)
         return rounds[fitted], values[fitted]
 
-    def abscissa(self) -> tuple[str, Sequence[float]]:
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
         return "horizon" if self.horizons else "round", self.curve("regret")[0].tolist()
 
     def exported(self) -> dict[str, np.ndarray]:

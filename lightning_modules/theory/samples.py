@@ -42,7 +42,7 @@ class Samples(Simulation):
             f"after n samples; slope over log n from {self.fit_from} on; 95 % intervals over {self.copies} data sets"
         )
 
-    def abscissa(self) -> tuple[str, Sequence[float]]:
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
         return "samples", self.rounds
 
     def exported(self) -> dict[str, np.ndarray]:

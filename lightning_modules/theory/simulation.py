@@ -74,7 +74,7 @@ class Simulation(Method):
             rows.writerow([name, *curves])
             rows.writerows(zip(points, *(curve.tolist() for curve in curves.values())))
 
-    def abscissa(self) -> tuple[str, Sequence[float]]:
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
         """What curves are over: its name, and its points."""
         return "round", self.rounds
 

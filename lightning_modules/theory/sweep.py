@@ -76,7 +76,7 @@ class Sweep(Simulation):
         fitted = [np.polyfit(abscissa, np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
         return float(fitted[0]), float(min(fitted[1:])), float(max(fitted[1:]))
 
-    def abscissa(self) -> tuple[str, Sequence[float]]:
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
         return self.against, self.points
 
     def figures(self) -> dict[str, Figure]:

@@ -75,6 +75,19 @@ def test_on_gaps_that_shrink_with_t_only_regularised_regret_is_logarithmic(horiz
     assert 0.42 < power(*(part[long] for part in ucb1.points("plain_regret"))).value < 0.62
 
 
+def test_curves_over_horizons_have_a_point_for_each_and_slopes_keep_to_their_window(tmp_path):
+    run = kl_ucb(minimax(5, [32, 64, 128, 256], noise=0.5), 4.0, 0.25, copies=3, rounds=256)
+    run.fit_from = 64
+    assert run.points("regret")[0].tolist() == [64, 128, 256]
+    run.export(tmp_path)
+    rows = [row.split(",") for row in (tmp_path / "curves.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["horizon", "regret", "regret_low", "regret_high"]
+    assert [int(row[0]) for row in rows[1:]] == [32, 64, 128, 256]
+    for place, row in enumerate(rows[1:]):  # copies lie horizon after horizon
+        assert float(row[1]) == pytest.approx(float(run.regret[3 * place : 3 * place + 3].mean()), rel=1e-12)
+        assert float(row[2]) < float(row[1]) < float(row[3])
+
+
 @pytest.mark.parametrize(
     "instance", [linear(0, 10, 5, 0.5, 0), pytest.param(linear(20, 5, 4, 0.5, 0), marks=pytest.mark.slow)]
 )
