@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lightning_modules.processes import paths
-from lightning_modules.processes.ode import Sampler, continuous
+from lightning_modules.processes.ode import continuous
 from lightning_modules.theory.sampler_laboratory import Laboratory
 from lightning_modules.theory.sampler_studies import Records, Study
 from lightning_modules.theory.simulation import Measured, Simulation
