@@ -69,7 +69,10 @@ def test_no_two_rows_of_an_experiment_are_the_same_run_and_a_plug_in_has_no_bonu
     words = [f"experiment={name}"]
     main = compose(words)[0]
     rows = {main.label: main} | {label: compose(phase(list(own), words))[0] for label, own in main.compare.items()}
-    runs = [OmegaConf.to_yaml(OmegaConf.create([row.model, row.data.instance]), resolve=True) for row in rows.values()]
+    runs = [
+        "".join(OmegaConf.to_yaml(part, resolve=True) for part in (row.model, row.data.instance))
+        for row in rows.values()
+    ]
     assert len(set(runs)) == len(rows)
     assert all(row.model.bonus.c == 0 for label, row in rows.items() if "plug-in" in label)
 
