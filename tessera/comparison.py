@@ -18,6 +18,7 @@ from tessera.folder import RunFolder
 from tessera.report import save_figure
 
 Curve = dict[int, float]  # value by step
+ABSCISSAE = {"round": "rounds", "horizon": "horizon T", "samples": "samples n"}
 FEW_POINTS = 12  # up to which each is marked
 
 
@@ -114,7 +115,8 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     """Draw what simulations measured (`export/curves.csv`) over one another, where at least two left that.
 
     The first column is the abscissa. Drawn is what stands in the tables of all runs by round or point (`name@...`),
-    with the slopes that were fitted to it. Labels that differ in a last `seed <number>` are a mean with a band.
+    with the slopes that were fitted to it, and the band between `<name>_low` and `<name>_high` where there is one.
+    Labels that differ in a last `seed <number>` are a mean with a band.
     """
     curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
     columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
@@ -128,14 +130,14 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     made, axes = plt.subplots(1, len(shared_names), figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], shared_names):
         for line, labels in _by_seed(columns).items():
-            fitted = runs[line].results["table"].get(f"{name}_slope") if line in runs else None
+            fitted = _slope(runs[line].results["table"], name, len(shared_names) == 1) if line in runs else None
             slope = "" if fitted is None else f", slope {fitted.split()[0]}"
-            _draw(axis, columns[labels[0]][abscissa], [columns[label][name] for label in labels], line + slope)
+            _draw(axis, abscissa, name, [columns[label] for label in labels], line + slope)
         points = next(iter(columns.values()))[abscissa]
         _scale(axis, points, [value for own in columns.values() for value in own[name]])
-        axis.set(xlabel={"round": "rounds"}.get(abscissa, abscissa), title=name)
-        axis.grid(alpha=0.25)
+        axis.set(xlabel=ABSCISSAE.get(abscissa, abscissa), title=name)
         axis.legend(fontsize=7)
+        axis.grid(alpha=0.25)
     save_figure(made, picture)
 
 
@@ -150,13 +152,16 @@ def _by_seed(columns: dict[str, dict[str, list[float]]]) -> dict[str, list[str]]
     }
 
 
-def _draw(axis: plt.Axes, x: list[float], rows: list[list[float]], label: str) -> None:
-    """The mean of the rows, and their range as a band."""
-    points = list(zip(*rows))
+def _draw(axis: plt.Axes, abscissa: str, name: str, runs: list[dict[str, list[float]]], label: str) -> None:
+    """The mean of the runs and their range as a band, or of one run the interval that it left."""
+    x, points = runs[0][abscissa], list(zip(*(own[name] for own in runs)))
     marker = "o" if len(x) <= FEW_POINTS else None
     (line,) = axis.plot(x, [statistics.fmean(point) for point in points], marker=marker, markersize=3, label=label)
-    if len(rows) > 1:
+    if len(runs) > 1:
         axis.fill_between(x, [min(p) for p in points], [max(p) for p in points], color=line.get_color(), alpha=0.2)
+    elif f"{name}_low" in runs[0]:
+        low, high = runs[0][f"{name}_low"], runs[0][f"{name}_high"]
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
 
 
 def _scale(axis: plt.Axes, x: list[float], y: list[float]) -> None:
@@ -170,11 +175,16 @@ def _scale(axis: plt.Axes, x: list[float], y: list[float]) -> None:
         axis.minorticks_off()
 
 
+def _slope(table: dict[str, str], name: str, alone: bool) -> str | None:
+    """The slope fitted to a measurement; the one that has no name belongs to what is drawn `alone`."""
+    return table.get(f"{name}_slope", table.get("slope") if alone else None)
+
+
 def _shown(columns: dict[str, list[float]], run: RunFolder) -> list[str]:
     """The measurements that stand in the table of a run by round; all where none does."""
     table = run.results.get("table", {})
     found = [name for name in list(columns)[1:] if any(cell.startswith(f"{name}@") for cell in table)]
-    return found or list(columns)[1:]
+    return found or [name for name in list(columns)[1:] if not name.endswith(("_low", "_high"))]
 
 
 def _columns(path: Path) -> dict[str, list[float]]:

@@ -34,6 +34,23 @@ def jackknife(statistic: Callable[[Float[np.ndarray, "point group"]], np.ndarray
     return Fitted(whole, whole - half, whole + half)
 
 
+def band(values: Copies) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    """Between which nine copies of ten lie."""
+    low, high = np.quantile(values, [0.05, 0.95], axis=1)
+    return low, high
+
+
+def banded(curves: dict[str, Copies]) -> dict[str, Float[np.ndarray, " point"]]:
+    """The means over copies, each with its 95 % interval where there are several."""
+    found = {}
+    for name, values in curves.items():
+        found[name], copies = values.mean(1), values.shape[1]
+        if copies > 1:
+            half = stats.t.ppf(0.975, copies - 1) * values.std(1, ddof=1) / math.sqrt(copies)
+            found[f"{name}_low"], found[f"{name}_high"] = found[name] - half, found[name] + half
+    return found
+
+
 def mean(values: Float[np.ndarray, " copy"]) -> Fitted:
     """The mean over copies."""
     return jackknife(lambda means: means[0], values[None])

@@ -1,7 +1,7 @@
 """Online methods: the regret of every round added up, against log T, beside what a closed form predicts."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import matplotlib.pyplot as plt
@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_modules.theory.rates import Fitted, explained, mean, per_doubling, power
+from lightning_modules.theory.rates import Fitted, band, banded, explained, mean, per_doubling, power
 from lightning_modules.theory.simulation import Measured, Simulation
 
 
@@ -64,13 +64,11 @@ class Regret(Simulation):
         """Regrets at the rounds of `at` or at the horizons, and slopes, each with its interval."""
         found: dict[str, float] = {}
         for name in self.curves:
+            measured, curve = self.curve(name)
+            shown = [place for place, n in enumerate(measured) if self.horizons or n in self.at]
+            found |= {f"{name}@{measured[place]}": float(curve[place].mean()) for place in shown}
+            found |= named(name, mean(curve[-1]))
             rounds, values = self.points(name)
-            shown = rounds if self.horizons else self.at
-            places = [self.rounds.index(n) for n in shown if n in self.rounds]
-            curve = values if self.horizons else self.copies_of(name)[places]
-            numbers = list(rounds) if self.horizons else [self.rounds[place] for place in places]
-            found |= {f"{name}@{n}": float(row.mean()) for n, row in zip(numbers, curve)}
-            found |= named(name, mean(curve[-1] if self.horizons else self.copies_of(name)[-1]))
             if len(rounds) >= 3:
                 found |= named(name.replace("regret", "slope"), power(rounds, values))
         return found | self._growth()
@@ -82,18 +80,25 @@ class Regret(Simulation):
         found = named("per_doubling", per_doubling(rounds, values)) | {"r2": explained(rounds, values.mean(1))}
         return found | ({"predicted": self.predicted} if self.predicted is not None else {})
 
-    def copies_of(self, name: str) -> Float[np.ndarray, "measured copy"]:
-        """A measurement of every copy by round."""
-        return torch.stack(self.curves[name]).numpy()
+    def curve(self, name: str) -> tuple[np.ndarray, Float[np.ndarray, "measured copy"]]:
+        """Where it was measured, and a measurement of every copy there: by round, or at the end of every horizon."""
+        values = torch.stack(self.curves[name]).numpy()
+        if self.horizons:
+            ended = [n for n in self.horizons if n <= self.rounds[-1]]
+            return np.array(ended), values[-1].reshape(-1, self.copies)[: len(ended)]
+        return np.array(self.rounds), values
 
     def points(self, name: str) -> tuple[np.ndarray, Float[np.ndarray, "point copy"]]:
         """Where slopes are fitted, and a measurement of every copy there."""
-        curve = self.copies_of(name)
-        if self.horizons:
-            ended = [n for n in self.horizons if n <= self.rounds[-1]]
-            return np.array(ended), curve[-1].reshape(-1, self.copies)[: len(ended)]
-        places = [place for place, n in enumerate(self.rounds) if n >= self.fit_from and n & (n - 1) == 0]
-        return np.array(self.rounds)[places], curve[places]
+        rounds, values = self.curve(name)
+        fitted = (rounds >= self.fit_from) & (rounds & (rounds - 1) == 0)
+        return rounds[fitted], values[fitted]
+
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
+        return "horizon" if self.horizons else "round", self.curve("regret")[0].tolist()
+
+    def exported(self) -> dict[str, np.ndarray]:
+        return banded({name: self.curve(name)[1] for name in self.curves})
 
     def figures(self) -> dict[str, Figure]:
         """Regret against log T, and both kinds of regret on logarithmic axes; nine copies of ten as a band."""
@@ -103,20 +108,21 @@ class Regret(Simulation):
         for name, colour in (("regret", "C0"), ("plain_regret", "C1")):
             label = {"regret": "regularised", "plain_regret": "plain, max r - E r"}[name]
             self._draw(power_law, name, label + self._power_label(name), colour)
-        straight.set(xscale="log", xlabel="T", ylabel="regret", title=self.title)
-        straight.set_xscale("log", base=2)
-        power_law.set(xscale="log", yscale="log", xlabel="T", ylabel="regret", title="on logarithmic axes")
+        figure.suptitle(self.title)
+        straight.set(xlabel="T", ylabel="regret")
+        power_law.set(yscale="log", xlabel="T", ylabel="regret")
         for axis in (straight, power_law):
+            axis.set_xscale("log", base=2)
             axis.legend(fontsize=8, loc="upper left")
             axis.grid(alpha=0.25)
         return {"regret": figure}
 
     def _draw(self, axis: Axes, name: str, label: str, colour: str) -> None:
-        rounds, values = (np.array(self.rounds), self.copies_of(name)) if not self.horizons else self.points(name)
+        rounds, values = self.curve(name)
         marker = {"marker": "o", "markersize": 4} if self.horizons else {}
         axis.plot(rounds, values.mean(1), color=colour, label=label, **marker)
         if values.shape[1] > 1:
-            axis.fill_between(rounds, *np.quantile(values, [0.05, 0.95], axis=1), color=colour, alpha=0.15, lw=0)
+            axis.fill_between(rounds, *band(values), color=colour, alpha=0.15, lw=0)
 
     def _draw_prediction(self, axis: Axes) -> None:
         """The predicted slope, through the last point: a closed form says nothing of the first rounds."""
@@ -130,9 +136,8 @@ class Regret(Simulation):
         found = self._growth()
         if not found:
             return "regret"
-        return (
-            f"measured, {found['per_doubling']:.3g} [{found['per_doubling_low']:.3g}, {found['per_doubling_high']:.3g}]"
-        )
+        interval = "[{per_doubling_low:.3g}, {per_doubling_high:.3g}]" if "per_doubling_low" in found else ""
+        return f"measured, {{per_doubling:.3g}} {interval} per doubling".format(**found)
 
     def _power_label(self, name: str) -> str:
         rounds, values = self.points(name)

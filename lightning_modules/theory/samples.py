@@ -1,6 +1,6 @@
 """Offline methods: the exact gap of what is learned from n samples, against n, beside what a closed form predicts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import matplotlib.pyplot as plt
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_modules.theory.rates import crossing, mean, power
+from lightning_modules.theory.rates import band, banded, crossing, mean, power
 from lightning_modules.theory.regret import check, named
 from lightning_modules.theory.simulation import Simulation
 
@@ -42,6 +42,12 @@ class Samples(Simulation):
             f"after n samples; slope over log n from {self.fit_from} on; 95 % intervals over {self.copies} data sets"
         )
 
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
+        return "samples", self.rounds
+
+    def exported(self) -> dict[str, np.ndarray]:
+        return banded({"gap": self.gaps()[1]})
+
     @property
     def title(self) -> str:
         return f"{self.problem}, eta={self.eta:g}"
@@ -58,7 +64,7 @@ class Samples(Simulation):
             found[f"gap@{rounds[place]}"] = float(values[place].mean())
             found[f"q95_gap@{rounds[place]}"] = float(np.quantile(values[place], 0.95))
         fitted = rounds >= self.fit_from
-        if fitted.sum() >= 3 and values[fitted].mean(1).min() > 0:
+        if fitted.sum() >= 3 and falls(values[fitted].mean(1)):
             found |= named("slope", power(rounds[fitted], values[fitted]))
         found |= named("n_gap", mean(rounds[-1] * values[-1]))
         if self.predicted is not None:
@@ -82,7 +88,8 @@ class Samples(Simulation):
         if self.predicted is not None:
             left.plot(rounds, self.predicted / rounds, "k--", lw=1.2, label=f"predicted, {self.predicted:.3g} / n")
             right.axhline(self.predicted, color="k", ls="--", lw=1.2, label="predicted")
-        left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="gap", title=self.title)
+        left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="gap")
+        figure.suptitle(self.title)
         top = scaled.mean(1).max()
         wide = top > 20 * max(scaled.mean(1)[-1], 1e-300)
         right.set(xscale="log", yscale="log" if wide else "linear", xlabel="samples n", ylabel="n x gap")
@@ -94,9 +101,14 @@ class Samples(Simulation):
     def _draw(self, axis: Axes, rounds: np.ndarray, values: Float[np.ndarray, "point copy"]) -> None:
         fitted = rounds >= self.fit_from
         label = "measured"
-        if fitted.sum() >= 3 and values[fitted].mean(1).min() > 0:
+        if fitted.sum() >= 3 and falls(values[fitted].mean(1)):
             found = power(rounds[fitted], values[fitted])
             label = f"measured, slope {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
         axis.plot(rounds, values.mean(1), "C0", marker="o", markersize=4, label=label)
-        low, high = np.quantile(values, [0.05, 0.95], axis=1)
+        low, high = band(values)
         axis.fill_between(rounds, np.maximum(low, high * 1e-4), high, color="C0", alpha=0.15, lw=0)
+
+
+def falls(means: Float[np.ndarray, " point"]) -> bool:
+    """Whether a slope says something: a policy that does not learn has a constant gap, the oracle none."""
+    return bool(means.min() > 0 and np.ptp(np.log(means)) > 1e-9)

@@ -1,7 +1,7 @@
 """What simulations share: rounds instead of gradients, curves of what is measured, slopes against the round."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -66,10 +66,18 @@ class Simulation(Method):
         self.curves = {name: list(values) for name, values in checkpoint["curves"].items()}
 
     def export(self, folder: Path) -> None:
-        """`curves.csv`: the round, and every measurement after it as a mean over the copies."""
-        curves = self.mean_curves()
-        rows = zip(self.rounds, *(curve.tolist() for curve in curves.values()))
-        write_table(folder / "curves.csv", ["round", *curves], rows)
+        """`curves.csv`: the abscissa, and every measurement there as a mean over the copies."""
+        (name, points), curves = self.abscissa(), self.exported()
+        rows = zip(points, *(curve.tolist() for curve in curves.values()))
+        write_table(folder / "curves.csv", [name, *curves], rows)
+
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
+        """What curves are over: its name, and its points."""
+        return "round", self.rounds
+
+    def exported(self) -> dict[str, np.ndarray]:
+        """The columns of `curves.csv`; `<name>_low` and `<name>_high` are the interval of a mean."""
+        return self.mean_curves()
 
     # Evaluation: what has been measured already
 

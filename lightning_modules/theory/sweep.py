@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import lightning as L
@@ -13,7 +12,6 @@ from matplotlib.figure import Figure
 
 from datamodules.batches import RoundBatch
 from lightning_modules.theory.simulation import Measured, Simulation
-from lightning_modules.theory.tables import write_table
 
 
 class Sweep(Simulation):
@@ -78,11 +76,8 @@ class Sweep(Simulation):
         fitted = [np.polyfit(abscissa, np.log(y), 1)[0] for y in (values.mean(1), *values.T)]
         return float(fitted[0]), float(min(fitted[1:])), float(max(fitted[1:]))
 
-    def export(self, folder: Path) -> None:
-        """`curves.csv`: the point, and every measurement after it as a mean over the copies."""
-        curves = self.mean_curves()
-        rows = zip(self.points, *(curve.tolist() for curve in curves.values()))
-        write_table(folder / "curves.csv", [self.against, *curves], rows)
+    def abscissa(self) -> tuple[str, Sequence[float | int]]:
+        return self.against, self.points
 
     def figures(self) -> dict[str, Figure]:
         """The measurements of `drawn` against the axis, their range over the copies as a band."""

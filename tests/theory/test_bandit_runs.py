@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 import train
-from tessera.words import problems
+from tessera.compose import CONF, compose
+from tessera.words import phase, problems
 from tests.theory.test_game_solver import run_folder, without_throughput
 from tests.waiting import until
 
+ROOM = ("kl_", "f_cb", "two_stage")
 SMALL = ("data=bandit", "compare=null", "model.copies=3", "trainer.enable_progress_bar=false")
 
 
@@ -50,7 +53,28 @@ def test_every_method_runs_on_a_bandit_and_leaves_slopes_with_intervals(say, tmp
     assert results["headline"]["value"] > 0
     assert len(list((folder / "figures").glob("*.png"))) == 1
     rows = list(csv.DictReader((folder / "export" / "curves.csv").open()))
-    assert [int(row["round"]) for row in rows[:4]] == [1, 2, 4, 8]
+    assert [int(next(iter(row.values()))) for row in rows[:4]] == [1, 2, 4, 8]
+    (measured,) = {"regret", "gap"} & set(rows[0])
+    assert all(float(row[f"{measured}_low"]) <= float(row[f"{measured}_high"]) for row in rows)
+
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml") if path.stem.startswith(ROOM))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "kl_ucb_minimax" else pytest.mark.slow) for name in EXPERIMENTS]
+)
+def test_no_two_rows_of_an_experiment_are_the_same_run_and_a_plug_in_has_no_bonus(name):
+    """What an experiment sets holds for its controls too, and would make one of them the method itself."""
+    words = [f"experiment={name}"]
+    main = compose(words)[0]
+    rows = {main.label: main} | {label: compose(phase(list(own), words))[0] for label, own in main.compare.items()}
+    runs = [
+        "".join(OmegaConf.to_yaml(part, resolve=True) for part in (row.model, row.data.instance))
+        for row in rows.values()
+    ]
+    assert len(set(runs)) == len(rows)
+    assert all(row.model.bonus.c == 0 for label, row in rows.items() if "plug-in" in label)
 
 
 @pytest.mark.slow

@@ -69,10 +69,23 @@ def test_on_gaps_that_shrink_with_t_only_regularised_regret_is_logarithmic(horiz
     hard = minimax(5, horizons, noise=0.5)
     ours = kl_ucb(hard, 4.0, 0.25, copies, horizons[-1])
     ucb1 = kl_ucb(hard, 4.0, 1.0, copies, horizons[-1], decision=decisions.greedy)
-    long = slice(2 if len(horizons) > 3 else 0, None)
+    long = slice(1 if len(horizons) > 3 else 0, None)  # from 2^10 on
     bound = 0.25 if len(horizons) > 3 else 0.35  # (log T)' over log T is larger where T is small
     assert power(*(part[long] for part in ours.points("regret"))).value < bound
     assert 0.42 < power(*(part[long] for part in ucb1.points("plain_regret"))).value < 0.62
+
+
+def test_curves_over_horizons_have_a_point_for_each_and_slopes_keep_to_their_window(tmp_path):
+    run = kl_ucb(minimax(5, [32, 64, 128, 256], noise=0.5), 4.0, 0.25, copies=3, rounds=256)
+    run.fit_from = 64
+    assert run.points("regret")[0].tolist() == [64, 128, 256]
+    run.export(tmp_path)
+    rows = [row.split(",") for row in (tmp_path / "curves.csv").read_text().splitlines()]
+    assert rows[0][:4] == ["horizon", "regret", "regret_low", "regret_high"]
+    assert [int(row[0]) for row in rows[1:]] == [32, 64, 128, 256]
+    for place, row in enumerate(rows[1:]):  # copies lie horizon after horizon
+        assert float(row[1]) == pytest.approx(float(run.regret[3 * place : 3 * place + 3].mean()), rel=1e-12)
+        assert float(row[2]) < float(row[1]) < float(row[3])
 
 
 @pytest.mark.parametrize(
