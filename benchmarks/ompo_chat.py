@@ -146,7 +146,7 @@ def figure(curves: dict[str, BySeed], exact: dict[str, list[float]]) -> Figure:
         axis.plot(iterations, list(map(mean, columns)), color=color, lw=2, label=f"policies, {len(by_seed)} seeds")
         if game in exact:
             axis.plot(exact[game], "k--", lw=1, label="exact tables")
-        axis.set(title=game, ylim=(0, None))
+        axis.set(title=game, yscale="log", ylim=(0.03, 1.2))
         axis.grid(alpha=0.2)
         axis.legend(fontsize=8, loc="upper left", frameon=False)
     made.supxlabel("iteration")

@@ -116,6 +116,7 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
 
     The first column is the abscissa. Drawn is what stands in the tables of all runs by round or point (`name@...`),
     with the slopes that were fitted to it, and the band between `<name>_low` and `<name>_high` where there is one.
+    Labels that differ in a last `seed <number>` are a mean with a band.
     """
     curves = {label: run.path / "export" / "curves.csv" for label, run in runs.items()}
     columns = {label: _columns(path) for label, path in curves.items() if path.exists()}
@@ -125,32 +126,53 @@ def beside(runs: dict[str, RunFolder], picture: Path) -> None:
     if len(columns) < 2 or not shared_names or len(abscissae) > 1:
         return
     abscissa = abscissae.pop()
-    made, axes = plt.subplots(
-        1, len(shared_names), figsize=(5 * len(shared_names), 4), squeeze=False, layout="constrained"
-    )
+    size = (5 * len(shared_names), 4)
+    made, axes = plt.subplots(1, len(shared_names), figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes[0], shared_names):
-        for label, own in columns.items():
-            fitted = _slope(runs[label].results["table"], name, alone=len(shared_names) == 1)
+        for line, labels in _by_seed(columns).items():
+            fitted = _slope(runs[line].results["table"], name, len(shared_names) == 1) if line in runs else None
             slope = "" if fitted is None else f", slope {fitted.split()[0]}"
-            few = len(own[abscissa]) <= FEW_POINTS
-            (line,) = axis.plot(
-                own[abscissa], own[name], marker="o" if few else None, markersize=3, label=label + slope
-            )
-            if f"{name}_low" in own:
-                axis.fill_between(
-                    own[abscissa], own[f"{name}_low"], own[f"{name}_high"], color=line.get_color(), alpha=0.12, lw=0
-                )
-        seen = [value for own in columns.values() for value in own[name] if value > 0]
-        if seen and max(seen) > 100 * min(seen):
-            axis.set(xscale="log", yscale="log", ylim=(max(min(seen), 1e-12), None))
-        if few:
-            points = next(iter(columns.values()))[abscissa]
-            axis.set_xticks(points, [f"{point:g}" for point in points])
-            axis.minorticks_off()
+            _draw(axis, abscissa, name, [columns[label] for label in labels], line + slope)
+        points = next(iter(columns.values()))[abscissa]
+        _scale(axis, points, [value for own in columns.values() for value in own[name]])
         axis.set(xlabel=ABSCISSAE.get(abscissa, abscissa), title=name)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.25)
     save_figure(made, picture)
+
+
+def _by_seed(columns: dict[str, dict[str, list[float]]]) -> dict[str, list[str]]:
+    """The labels of each line: one, or those that differ in their last `seed <number>` and were measured alike."""
+    groups: dict[tuple[str, int], list[str]] = {}
+    for label, own in columns.items():
+        groups.setdefault((re.sub(r",? *seed \d+$", "", label), len(next(iter(own.values())))), []).append(label)
+    return {
+        labels[0] if len(labels) == 1 else f"{name or 'mean'}, {len(labels)} seeds": labels
+        for (name, _), labels in groups.items()
+    }
+
+
+def _draw(axis: plt.Axes, abscissa: str, name: str, runs: list[dict[str, list[float]]], label: str) -> None:
+    """The mean of the runs and their range as a band, or of one run the interval that it left."""
+    x, points = runs[0][abscissa], list(zip(*(own[name] for own in runs)))
+    marker = "o" if len(x) <= FEW_POINTS else None
+    (line,) = axis.plot(x, [statistics.fmean(point) for point in points], marker=marker, markersize=3, label=label)
+    if len(runs) > 1:
+        axis.fill_between(x, [min(p) for p in points], [max(p) for p in points], color=line.get_color(), alpha=0.2)
+    elif f"{name}_low" in runs[0]:
+        low, high = runs[0][f"{name}_low"], runs[0][f"{name}_high"]
+        axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12, lw=0)
+
+
+def _scale(axis: plt.Axes, x: list[float], y: list[float]) -> None:
+    """Logarithmic axes for what spans decades, or few points that do; a tick at each of few points."""
+    positive, few = [value for value in y if value > 0], len(x) <= FEW_POINTS
+    wide = few and len(positive) == len(y) and max(x) >= 5 * min(x) > 0
+    if positive and (wide or max(positive) > 100 * min(positive)):
+        axis.set(xscale="log", yscale="log", ylim=(None if wide else max(min(positive), 1e-12), None))
+    if few:
+        axis.set_xticks(x, [f"{point:g}" for point in x])
+        axis.minorticks_off()
 
 
 def _slope(table: dict[str, str], name: str, alone: bool) -> str | None:

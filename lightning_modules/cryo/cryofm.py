@@ -23,7 +23,7 @@ from lightning_modules.cryo.fourier import auc
 from lightning_modules.cryo.tasks import Trials, score_table, scores_csv
 from lightning_modules.method import Method
 from lightning_modules.processes.grids import uniform
-from lightning_modules.processes.ode import Sampler, sample
+from lightning_modules.processes.ode import continuous, sample
 from lightning_modules.processes.paths import Linear
 from lightning_modules.processes.prediction import Prediction
 from lightning_modules.sharding import unsharded
@@ -77,7 +77,7 @@ class CryoFM(Method):
     def __init__(
         self,
         network: Callable[[], nn.Module],
-        sampler: Sampler,
+        sampler: Any,
         optimizer: Callable[..., torch.optim.Optimizer],
         scheduler: Callable[..., float],
         seed: int,
@@ -320,15 +320,11 @@ class CryoFM(Method):
             prior.save(folder, prior.DensityPrior(network, box=self.box, **units), self.build)
 
 
-def _check(sampler: Sampler, times: str, decay: float, samples: dict[str, int]) -> None:
+def _check(sampler: Any, times: str, decay: float, samples: dict[str, int]) -> None:
     if times not in flow_matching.LAWS:
         raise ValueError(f"model.times={times}: there are {', '.join(flow_matching.LAWS)}")
     if not 0 <= decay < 1:
         raise ValueError(f"model.decay={decay}: the mean of the weights needs a decay in [0, 1), such as 0.99")
     if small := [name for name, value in samples.items() if value < 1]:
         raise ValueError(f"model.samples.{small[0]}={samples[small[0]]} must be positive")
-    if sampler.space != "euclidean":
-        raise ValueError(
-            f"{type(sampler).__name__} samples categories, and densities are real numbers: take sampler=heun, "
-            "dpmpp_2m, ddim, euler, midpoint or rk4"
-        )
+    continuous(sampler)

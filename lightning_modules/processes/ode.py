@@ -38,7 +38,7 @@ class Euler(Sampler):
     order, evaluations = 1, 1
 
     def step(self, prediction: Prediction, x: State, t: Time, u: Time, memory: Any) -> Step:
-        return _moved(x, u - t, prediction.drift(x, t)), None
+        return moved(x, u - t, prediction.drift(x, t)), None
 
 
 class DDIM(Sampler):
@@ -154,7 +154,7 @@ class Heun(Guarded):
 
     def inner(self, prediction: Prediction, x: State, t: Time, u: Time) -> State:
         drift = prediction.drift(x, t)
-        return _moved(x, u - t, (drift + prediction.drift(_moved(x, u - t, drift), u)) / 2)
+        return moved(x, u - t, (drift + prediction.drift(moved(x, u - t, drift), u)) / 2)
 
 
 class Midpoint(Sampler):
@@ -163,8 +163,8 @@ class Midpoint(Sampler):
     order, evaluations = 2, 2
 
     def step(self, prediction: Prediction, x: State, t: Time, u: Time, memory: Any) -> Step:
-        half = _moved(x, (u - t) / 2, prediction.drift(x, t))
-        return _moved(x, u - t, prediction.drift(half, (t + u) / 2)), None
+        half = moved(x, (u - t) / 2, prediction.drift(x, t))
+        return moved(x, u - t, prediction.drift(half, (t + u) / 2)), None
 
 
 class RK4(Heun):
@@ -176,10 +176,10 @@ class RK4(Heun):
     def inner(self, prediction: Prediction, x: State, t: Time, u: Time) -> State:
         h, middle = u - t, (t + u) / 2
         k1 = prediction.drift(x, t)
-        k2 = prediction.drift(_moved(x, h / 2, k1), middle)
-        k3 = prediction.drift(_moved(x, h / 2, k2), middle)
-        k4 = prediction.drift(_moved(x, h, k3), u)
-        return _moved(x, h, (k1 + 2 * k2 + 2 * k3 + k4) / 6)
+        k2 = prediction.drift(moved(x, h / 2, k1), middle)
+        k3 = prediction.drift(moved(x, h / 2, k2), middle)
+        k4 = prediction.drift(moved(x, h, k3), u)
+        return moved(x, h, (k1 + 2 * k2 + 2 * k3 + k4) / 6)
 
 
 def continuous(sampler: Any) -> Sampler:
@@ -235,8 +235,8 @@ def _along(
     return torch.stack(states) if trajectory else x
 
 
-def _moved(x: State, h: Time, drift: State) -> State:
-    """x + h dx/dt."""
+def moved(x: State, h: Time, drift: State) -> State:
+    """x + h dx/dt; h is one number, or one for each sample."""
     return combined(torch.ones_like(h), h, x, drift)
 
 

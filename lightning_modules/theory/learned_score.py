@@ -1,6 +1,5 @@
 """A learned score against the exact one: what its errors cost a deterministic sampler (arXiv 2410.14237)."""
 
-import csv
 import math
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from lightning_modules.processes.prediction import Prediction
 from lightning_modules.theory.sampler_laboratory import Laboratory, MakeGrid, recomputed, tv_bound, tv_rate
 from lightning_modules.theory.sampler_studies import last_slope
 from lightning_modules.theory.score_network import ScoreNetwork
+from lightning_modules.theory.tables import write_table
 from lightning_modules.theory.transport import FoldedMap
 
 RATES = 60  # times at which the error of the score is integrated
@@ -66,6 +66,7 @@ class LearnedScore(Method):
         samplers = [*(beside or {}).values(), sampler]
         self.samplers = {type(one).__name__: continuous(one) for one in samplers}
         self.path, self.grid, self.steps = path, grid, sorted(steps)
+        self.table: list[tuple[str, str, int, float]] = []
         self.settings = {"start": start, "stop": stop, "points": points}
         self.sizes = {"width": width, "depth": depth}
         ends = path.log_snr(torch.tensor([start, stop], dtype=torch.float64)).tolist()
@@ -124,6 +125,15 @@ class LearnedScore(Method):
         with torch.inference_mode(False):  # maps and errors are differentiated
             self.table = self._measured()
             self._log("test", self._budget())
+        if self.trainer.is_global_zero:
+            self._leave(Path(self.trainer.default_root_dir, "export"))
+
+    def _leave(self, folder: Path) -> None:
+        """`table.csv`: sampler, score, steps, total variation; `curves.csv`: that of `sampler` by evaluations."""
+        *_, (own, sampler) = self.samplers.items()
+        curve = [(n * sampler.evaluations, tv) for name, kind, n, tv in self.table if (name, kind) == (own, "learned")]
+        write_table(folder / "curves.csv", ["evaluations of the score", "tv"], curve)
+        write_table(folder / "table.csv", ["sampler", "score", "steps", "tv"], self.table)
 
     def _measured(self) -> list[tuple[str, str, int, float]]:
         """The total variation of each sampler with each score at each number of steps, the learned one last."""
@@ -167,31 +177,27 @@ class LearnedScore(Method):
             "divergence_part": divergence,
         }
 
-    def export(self, folder: Path) -> None:
-        """`table.csv`: sampler, score, steps, total variation."""
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "table.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerows([["sampler", "score", "steps", "tv"], *getattr(self, "table", [])])
-
     # Figures
 
     def figures(self) -> dict[str, Figure]:
         """TV against evaluations, the error of the score along the path, and in the plane what is sampled."""
-        if not hasattr(self, "table"):
+        if not self.table:
             return {}
         made = {"total_variation": self._tv_figure(), "score_error": self._error_figure()}
         return made | ({"samples": self._sample_figure()} if self.laboratory.d == 2 else {})
 
     def _tv_figure(self) -> Figure:
         figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+        ticks = sorted({n * sampler.evaluations for sampler in self.samplers.values() for n in self.steps})
         for number, (name, sampler) in enumerate(self.samplers.items()):
             for score, style in (("exact", "--"), ("learned", "-")):
                 rows = [(n, tv) for one, kind, n, tv in self.table if (one, kind) == (name, score)]
                 x, y = [float(n * sampler.evaluations) for n, _ in rows], [tv for _, tv in rows]
-                slope = f", slope {last_slope(x, y):.2f}" if score == "exact" and len(rows) > 1 else ""
+                slope = f", order {last_slope(x, y):.2f}" if score == "exact" and len(rows) > 1 else ""
                 axis.loglog(x, y, style, marker="o", ms=4, color=f"C{number}", label=f"{name}, {score}{slope}")
         axis.set(xlabel="evaluations of the score", ylabel="total variation", title="a learned score has a floor")
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
         return figure

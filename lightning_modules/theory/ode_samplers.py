@@ -1,6 +1,5 @@
 """Samplers measured without noise: what a deterministic sampler makes of a known density (arXiv 2410.14237)."""
 
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from lightning_modules.processes.ode import continuous
 from lightning_modules.theory.sampler_laboratory import Laboratory
 from lightning_modules.theory.sampler_studies import Records, Study
 from lightning_modules.theory.simulation import Measured, Simulation
+from lightning_modules.theory.tables import write_table
 
 
 class OdeSamplers(Simulation):
@@ -83,15 +83,8 @@ class OdeSamplers(Simulation):
 
     def export(self, folder: Path) -> None:
         """`table.csv`: panel, line, x and every measurement; `slopes.csv`: what was fitted to each line."""
-        folder.mkdir(parents=True, exist_ok=True)
         records = self.records
-        rows: list[list[Any]] = [["panel", "line", "x", *records[0][1]]]
-        rows += [[cell.panel, cell.line, f"{cell.x:g}", *found.values()] for cell, found in records]
-        _write(folder / "table.csv", rows)
+        rows = [[cell.panel, cell.line, f"{cell.x:g}", *found.values()] for cell, found in records]
+        write_table(folder / "table.csv", ["panel", "line", "x", *records[0][1]], rows)
         slopes = [[*name.split("/")[1:], value] for name, value in self.summary().items() if name.startswith("slope/")]
-        _write(folder / "slopes.csv", [["panel", "line", "slope"], *slopes])
-
-
-def _write(path: Path, rows: list[list[Any]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        write_table(folder / "slopes.csv", ["panel", "line", "slope"], slopes)

@@ -47,6 +47,7 @@ class Study:
     x_label: ClassVar[str]
     y_label: ClassVar[str] = "total variation"
     drawn: ClassVar[str] = "tv"
+    corner: ClassVar[str] = "best"  # of the legend
 
     def begin(self, laboratory: Laboratory, sampler: Sampler) -> list[Cell]:
         """Take the laboratory and the sampler that is studied; the cells to measure, that sampler's last."""
@@ -73,21 +74,20 @@ class Study:
     def figures(self, records: Records) -> dict[str, Figure]:
         """A panel beside another, log-log, the fitted slope of every line in the legend."""
         panels = list(dict.fromkeys(cell.panel for cell, _ in records))
-        size = (5.2 * len(panels) + 0.6, 4.6)
-        figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+        figure, axes = side_by_side(len(panels))
         names = list(dict.fromkeys(cell.line for cell, _ in records))
         for (panel, line), rows in lines(records).items():
-            axis, number = axes[0, panels.index(panel)], names.index(line)
-            x, y = [self.abscissa(cell) for cell, _ in rows], [found[self.drawn] for _, found in rows]
+            axis, number = axes[panels.index(panel)], names.index(line)
+            x, y = [self.abscissa(cell) for cell, _ in rows], [above_floor(found[self.drawn]) for _, found in rows]
             width = 2.2 if len(names) > 1 and line == names[-1] else 1.1
             style = {"marker": "osD^vP*Xhd"[number % 10], "markersize": 4, "linewidth": width, "color": f"C{number}"}
             axis.loglog(x, y, label=self.label(line, rows), **style)
-        for axis, panel in zip(axes[0], panels):
-            self.decorate(axis, [record for record in records if record[0].panel == panel])
+        for axis, panel in zip(axes, panels):
             axis.set(title=panel, xlabel=self.x_label)
+            self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7.5)
-        axes[0, 0].set_ylabel(self.y_label)
+            axis.legend(fontsize=7.5, loc=self.corner)
+            axis.set_ylabel(self.y_label if axis.get_subplotspec().is_first_col() else "")
         return {type(self).__name__.lower(): figure}
 
     def decorate(self, axis: plt.Axes, records: Records) -> None:
@@ -102,6 +102,7 @@ class Orders(Study):
     """
 
     x_label = "evaluations of the score"
+    corner = "lower left"
 
     def __init__(self, beside: dict[str, Sampler] | None, grids: dict[str, MakeGrid], steps: list[int]) -> None:
         self.beside, self.grids, self.steps = beside or {}, grids, sorted(steps)
@@ -142,8 +143,15 @@ class Orders(Study):
         """Whether the measured order is what the sampler states, or more."""
         return self.slope(rows) >= self.samplers[rows[0][0].line].order - BAND
 
+    def label(self, line: str, rows: Records) -> str:
+        slope = self.slope(rows)
+        fitted = f"order {slope:.2f}" if self.drawn == "tv" else f"slope {-slope:.2f}"
+        return f"{line}, {fitted}" if math.isfinite(slope) else line
+
     def decorate(self, axis: plt.Axes, records: Records) -> None:
-        initial = self.laboratory.initial_error()
+        lab = self.laboratory
+        axis.set_title(f"{type(lab.path).__name__}, {records[0][0].panel} grid from t = {lab.start:g} to {lab.stop:g}")
+        initial = lab.initial_error()
         if initial > FLOOR:
             axis.axhline(initial, color="gray", linestyle=":", linewidth=1)
             axis.annotate("initial error", (0.98, initial), xycoords=("axes fraction", "data"), ha="right", fontsize=7)
@@ -207,6 +215,7 @@ class Dimension(Study):
         return found | {"tv": records[-1][1]["tv"]} | super().summary(records)
 
     def decorate(self, axis: plt.Axes, records: Records) -> None:
+        axis.set_title(f"product targets, {self.steps} steps")
         x = np.array(sorted({cell.x for cell, _ in records}))
         base = records[0][1]["tv"]
         for power, name in ((0.5, "sqrt(d)"), (2, "d^2, the bound's exponent")):
@@ -270,11 +279,17 @@ class StepsNeeded(Study):
         found = {f"steps@{d}": steps for d, steps in last} | {"tv": records[-1][1]["tv"], **slope}
         return found | super().summary(records)
 
+    def decorate(self, axis: plt.Axes, records: Records) -> None:
+        axis.set_title(f"{records[0][0].panel} on N(0, {self.std**2:g} I) in d dimensions")
+        axis.set_xticks([1 / epsilon for epsilon in self.epsilons], [f"{1 / epsilon:g}" for epsilon in self.epsilons])
+        axis.set_xticks([], minor=True)
+
 
 class ScoreError(Study):
     """An error A sin(omega x) of the score: TV measured, and the bound that weighs its divergence beside its size."""
 
     x_label = "frequency omega of the error"
+    corner = "upper left"
 
     def __init__(
         self, grid: MakeGrid, steps: int, amplitudes: list[float], frequencies: list[float], amplitude: float,
@@ -323,6 +338,7 @@ class ScoreError(Study):
         x = [omega for omega, _ in rows]
         for name, style in (("bound", "k--"), ("score_part", "C7:"), ("divergence_part", "C7-.")):
             axis.loglog(x, [found[name] for _, found in rows], style, linewidth=1, label=PARTS[name])
+        axis.set_ylim(top=8 * max(found["bound"] for _, found in records))  # room for the legend
 
 
 PARTS = {
@@ -338,6 +354,22 @@ def lines(records: Records) -> dict[tuple[str, str], Records]:
     for record in records:
         found.setdefault((record[0].panel, record[0].line), []).append(record)
     return {key: sorted(rows, key=lambda row: row[0].x) for key, rows in found.items()}
+
+
+def side_by_side(panels: int) -> tuple[Figure, list[plt.Axes]]:
+    """A figure with so many panels of one scale, up to three in a row, more in two rows."""
+    rows = 1 if panels < 4 else 2
+    columns = math.ceil(panels / rows)
+    size = (5.2 * columns + 0.6, 4.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for spare in axes.flat[panels:]:
+        spare.axis("off")
+    return figure, list(axes.flat[:panels])
+
+
+def above_floor(value: float) -> float:
+    """The value, NaN where rounding has taken over, so that it is not drawn."""
+    return value if value > FLOOR else math.nan
 
 
 def last_slope(x: list[float], y: list[float], floor: float = FLOOR) -> float:

@@ -1,6 +1,5 @@
 """What simulations share: rounds instead of gradients, curves of what is measured, slopes against the round."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from datamodules.batches import RoundBatch
 from lightning_modules.method import Method
+from lightning_modules.theory.tables import write_table
 
 Measured = dict[str, Float[Tensor, " copies"]]  # by name, a number for each game or seed that is simulated side by side
 
@@ -67,12 +67,9 @@ class Simulation(Method):
 
     def export(self, folder: Path) -> None:
         """`curves.csv`: the abscissa, and every measurement there as a mean over the copies."""
-        folder.mkdir(parents=True, exist_ok=True)
         (name, points), curves = self.abscissa(), self.exported()
-        with (folder / "curves.csv").open("w", newline="") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow([name, *curves])
-            rows.writerows(zip(points, *(curve.tolist() for curve in curves.values())))
+        rows = zip(points, *(curve.tolist() for curve in curves.values()))
+        write_table(folder / "curves.csv", [name, *curves], rows)
 
     def abscissa(self) -> tuple[str, Sequence[float | int]]:
         """What curves are over: its name, and its points."""

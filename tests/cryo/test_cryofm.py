@@ -23,7 +23,7 @@ from lightning_modules.cryo import prior
 from lightning_modules.cryo.cryofm import CryoFM
 from lightning_modules.cryo.unet import UNet
 from lightning_modules.optimizers.schedules import warmup_constant
-from lightning_modules.processes.ode import Heun, Sampler
+from lightning_modules.processes.ode import Heun, Sampler, moved
 from tests.waiting import until
 
 TINY = (
@@ -177,8 +177,27 @@ def test_a_sampler_of_categories_is_refused():
     class Categorical(Sampler):
         space = "categorical"
 
-    with pytest.raises(ValueError, match="densities are real numbers: take sampler=heun"):
-        method(sampler=Categorical())
+    for sampler in (Categorical(), torch.nn.Identity()):
+        with pytest.raises(TypeError, match="does not step in a space of real numbers: take euler"):
+            method(sampler=sampler)
+
+
+class Ralston(Sampler):
+    """Ralston's method of second order, which the project does not know."""
+
+    order, evaluations = 2, 2
+
+    def step(self, prediction, x, t, u, memory):
+        slope = prediction.drift(x, t)
+        ahead = prediction.drift(moved(x, 2 / 3 * (u - t), slope), t + 2 / 3 * (u - t))
+        return moved(x, u - t, (slope + 3 * ahead) / 4), None
+
+
+def test_a_sampler_of_ones_own_draws_densities(tmp_path):
+    own = ("sampler=own", f"model.sampler._target_={__name__}.Ralston")
+    drawn = samples(carried_out(tmp_path, *own, "trainer.max_steps=2", "trainer.val_check_interval=2"))
+    assert drawn.isfinite().all()
+    assert drawn.std() > 0
 
 
 def test_cubes_of_other_data_are_brought_into_the_units_of_the_prior():

@@ -61,6 +61,12 @@ def test_restored_maps_are_better_than_observed_and_masked_ones(run):
     torch.testing.assert_close(found["wiener"], found["observed"], atol=1e-4, rtol=0)
 
 
+def test_every_task_leaves_its_figures(run):
+    for task in ("denoise", "anisotropic", "wedge"):
+        for name in (f"restored_{task}.png", f"fsc_{task}.png"):
+            assert (run / "figures" / name).stat().st_size > 10_000, name
+
+
 def test_a_missing_wedge_is_filled(run):
     found = scores(run, "wedge")
     assert found["restored"].mean() > found["observed"].mean() + 0.03

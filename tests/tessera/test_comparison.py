@@ -56,6 +56,25 @@ def test_the_figure_has_the_mean_over_tokens_and_the_range_of_the_seeds(run):
     ]
 
 
+def test_labels_that_differ_in_the_seed_are_a_mean_with_a_band_on_logarithmic_axes(run, tmp_path, monkeypatch):
+    runs = {}
+    for label, scale in {"seed 1": 1.0, "mars": 4.0, "seed 2": 3.0}.items():
+        runs[label] = run(label.replace(" ", "="), 0, scale)
+        (runs[label].path / "export").mkdir()
+        rows = "".join(f"{x},{scale / x}\n" for x in (10, 20, 80))
+        (runs[label].path / "export" / "curves.csv").write_text(f"evaluations,tv\n{rows}")
+        (runs[label].path / "results.json").write_text(json.dumps({"table": {"tv@10": "0.1"}}))
+    drawn = []
+    monkeypatch.setattr(comparison, "save_figure", lambda figure, path: drawn.append(figure))
+    comparison.beside(runs, tmp_path / "picture.png")
+    (axis,) = drawn[0].axes
+    assert [line.get_label() for line in axis.lines] == ["mean, 2 seeds", "mars"]
+    assert axis.lines[0].get_ydata().tolist() == pytest.approx([0.2, 0.1, 0.025])
+    edges = axis.collections[0].get_paths()[0].vertices
+    assert (edges[:, 1].min(), edges[:, 1].max()) == pytest.approx((1 / 80, 0.3))
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+
+
 def test_runs_that_cannot_be_compared_are_refused(run, tmp_path):
     unfinished = RunFolder(tmp_path / "unfinished")
     with pytest.raises(ValueError, match=r"unfinished has no results.json"):

@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_modules.processes.ode import Sampler
+from lightning_modules.processes.ode import Sampler, moved
 from lightning_modules.processes.paths import Path as ProbabilityPath
 from lightning_modules.theory.sampler_studies import Orders
 from tests.waiting import until
@@ -26,8 +28,8 @@ class HalfEuler(Sampler):
 
     def step(self, prediction, x, t, u, memory):
         middle = (t + u) / 2
-        x = x + (middle - t).to(x) * prediction.drift(x, t)
-        return x + (u - middle).to(x) * prediction.drift(x, middle), None
+        x = moved(x, middle - t, prediction.drift(x, t))
+        return moved(x, u - middle, prediction.drift(x, middle)), None
 
 
 class Cosine(ProbabilityPath):
@@ -77,6 +79,23 @@ def test_the_same_sampler_and_path_serve_the_learned_score(say, tmp_path):
     folder, results = finished(tmp_path, "learned_score")
     assert {"test/bound", "test/initial", "test/discretisation", "test/floor"} <= set(results["metrics"])
     assert (folder / "figures" / "total_variation.png").stat().st_size
+    rows = list(csv.DictReader((folder / "export" / "table.csv").open()))
+    assert [(row["sampler"], row["score"]) for row in rows] == [("HalfEuler", "exact"), ("HalfEuler", "learned")]
+    (curve,) = csv.DictReader((folder / "export" / "curves.csv").open())
+    assert curve["evaluations of the score"] == "12"
+    assert float(curve["tv"]) == pytest.approx(results["metrics"]["test/tv@6"], rel=1e-5)
+
+
+def test_the_sampler_and_the_path_of_the_page_run_as_they_are_written(say, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
+    (tmp_path / "my_samplers.py").write_text(re.search(r"```python\n(.*?)```", page, re.S).group(1))
+    monkeypatch.syspath_prepend(tmp_path)
+    words = shlex.split(re.search(r"^python train\.py (model=ode_samplers sampler=own .*)$", page, re.M).group(1))
+    status, said = say(*words, *SMALL, "model.study.steps=[16,32]")
+    assert status == 0, said
+    _, results = finished(tmp_path, "ode_samplers")
+    assert results["metrics"]["test/slope/exponential_decay/Ralston"] == pytest.approx(2, abs=0.15)
+    assert results["metrics"]["test/certified"] == 1
 
 
 @pytest.mark.parametrize(
@@ -100,6 +119,14 @@ def test_what_cannot_be_measured_is_refused(say, words, said):
     status, stderr = say("model=ode_samplers", *words)
     assert status == 1
     assert said in stderr
+
+
+def test_the_experiment_of_score_errors_resolves_its_frequencies(say, tmp_path):
+    words = ("experiment=score_and_divergence", "model.study.steps=40", "model.study.times=3")
+    status, said = say(*words)
+    assert status == 0, said
+    found = finished(tmp_path, "ode_samplers")[1]["metrics"]
+    assert found["test/tv@A=0.02,omega=16"] > 2 * found["test/tv@A=0.02,omega=4"]
 
 
 @pytest.mark.slow

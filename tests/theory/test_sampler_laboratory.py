@@ -18,6 +18,7 @@ from lightning_modules.processes.ode import (
     ExponentialIntegrator,
     Heun,
     Midpoint,
+    moved,
     sample,
 )
 from lightning_modules.processes.paths import VP, Linear
@@ -204,6 +205,29 @@ def test_the_fourth_order_method_is_of_fourth_order_to_the_very_end_of_the_strai
     assert math.log2(found[1] / found[2]) == pytest.approx(4, abs=0.15)
 
 
+class LateEuler(Euler):
+    """A published loop for flow matching: the velocity at the end of the step instead of its beginning."""
+
+    def step(self, prediction, x, t, u, memory):
+        return moved(x, u - t, prediction.drift(x, u)), None
+
+
+def test_an_euler_loop_with_the_velocity_of_the_next_time_is_of_first_order_still():
+    assert tv(LateEuler(), uniform, 8, path=Linear(), start=1.0, stop=0.0) == pytest.approx(9.25e-2, rel=0.02)
+
+
+def test_a_fourth_order_loop_that_leaves_out_the_last_step_is_of_first_order():
+    lab = laboratory(path=Linear(), start=1.0, stop=0.0)
+    z, volume = nodes(1, lab.points)
+    found = []
+    for steps in (8, 16):
+        grid = lab.grid(uniform, steps)
+        x, log_det = transported(lambda z: sample(RK4(), lab.prediction, z, grid[:-1]), z)  # noqa: B023
+        found.append(total_variation(log_normal(z), lab.log_density(x, grid[-1]), log_det, volume))
+    assert found[0] == pytest.approx(1.12e-1, rel=0.02)
+    assert math.log2(found[0] / found[1]) == pytest.approx(1, abs=0.1)
+
+
 def test_two_step_extrapolation_beats_ddim_at_ten_evaluations_in_the_plane():
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
@@ -298,6 +322,16 @@ def test_a_sampler_below_the_order_that_it_states_is_not_certified():
     assert summary["certified"] == 0
     assert summary["order"] < 1.3
     assert cells[-1] == Cell("Pretender", "uniform", 32)
+
+
+def test_what_rounding_has_taken_is_not_drawn():
+    study = Orders(None, {"uniform": log_snr}, [8, 16])
+    cells = study.begin(laboratory(points=101), DDIM())
+    found = [{"tv": 1e-2, "kl": 1e-4}, {"tv": 1e-3, "kl": -1e-13}]
+    figures = study.figures(list(zip(cells, found)))
+    drawn = {name: figure.axes[0].lines[0].get_ydata() for name, figure in figures.items()}
+    assert drawn["orders"].tolist() == [1e-2, 1e-3]
+    assert math.isnan(drawn["orders_kl"][1])
 
 
 def test_slopes_leave_out_what_rounding_and_folds_have_taken():
