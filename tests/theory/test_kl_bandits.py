@@ -98,11 +98,14 @@ def test_linear_rewards_have_logarithmic_regret_too(instance):
 
 @pytest.mark.slow
 def test_the_radius_of_the_theory_costs_little_where_features_are_new_in_every_round():
-    """|phi|_{V^-1} is then nearly the same for all actions, and a bonus that is the same changes no policy."""
-    for eta in (1.0, 3.0):
+    """|phi|_{V^-1} is then nearly the same for all actions, and a bonus that is the same changes no policy.
+
+    What the closed form adds for it, 0.9 % and 27.5 %, is that of 400,000 contexts integrated in NumPy.
+    """
+    for eta, dearer in ((1.0, 1.009), (3.0, 1.275)):
         plain, theory = (kl_ucb(linear(0, 10, 5, 0.5, 0), eta, c, copies=8, rounds=8192) for c in (0.0, "theory"))
         assert at(theory, "regret", 8192) < 1.5 * at(plain, "regret", 8192)
-        assert theory.predicted < 1.25 * plain.predicted
+        assert theory.predicted / plain.predicted == pytest.approx(dearer, rel=0.03)
         assert growth(theory, 3) == pytest.approx(theory.predicted, rel=0.35)
 
 
