@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 from tests.parity import ANSWERS, curve, follows, residuals, train
 
 CURVE = ANSWERS.with_name("main_job_curve.csv")
@@ -23,6 +25,7 @@ def committed() -> dict[str, list[float]]:
     return {method: [float(row[method]) for row in rows] for method in ("sft", "dqo")}
 
 
+@pytest.mark.slow
 def test_a_fresh_main_job_follows_the_committed_curve(tmp_path):
     train(tmp_path, *JOB)
     for method, theirs in committed().items():

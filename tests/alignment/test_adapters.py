@@ -65,6 +65,7 @@ def learns_into_the_matrices(folder: Path, llama: Path) -> bool:
     return before.keys() == after.keys() and bool(moved) and all("proj" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_pairs_of_a_file_move_an_adapter_and_leave_a_plain_model(llama, tmp_path):
     rows = [{"prompt": f"Say {n}", "chosen": f"It is {n}.", "rejected": f"Not {n}, no."} for n in range(40)]
     file = tmp_path / "pairs.jsonl"

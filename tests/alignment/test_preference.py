@@ -219,6 +219,7 @@ def test_sft_is_evaluated_by_the_cross_entropy_of_the_better_replies():
     assert found == {"loss": pytest.approx(-sum(values) / len(values), rel=1e-5)}
 
 
+@pytest.mark.slow
 def test_two_processes_learn_from_pairs_as_one_does(tmp_path):
     words = ("model=dpo", "start=null", "policy.width=16", "policy.layers=1", "policy.heads=2", "policy.hidden=32",
              "data.batch_size=8", f"data.trajectories={ANSWERS}", "trainer.max_steps=12",

@@ -150,6 +150,7 @@ def disturbed(tmp_path_factory) -> Story:
     return Story(output, in_sft, in_rollouts, in_dqo, truncated, by_ctrl_c, flipped, (ended(first), ended(second)))
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_taken_up_again_in_its_folders(disturbed):
     assert disturbed.in_sft.status == disturbed.in_rollouts.status == disturbed.in_dqo.status == -signal.SIGKILL
     assert [attempt.status for attempt in disturbed.last] == [0, 0]
@@ -159,6 +160,7 @@ def test_a_killed_job_is_taken_up_again_in_its_folders(disturbed):
 
 
 @pytest.mark.parametrize("method", ["sft", "dqo"])
+@pytest.mark.slow
 def test_the_weights_of_a_disturbed_job_are_those_of_an_undisturbed_one_to_the_byte(method, disturbed, undisturbed):
     ours, theirs = (
         runs(output, method)[0] / "export" / "model.safetensors" for output in (disturbed.output, undisturbed)
@@ -167,6 +169,7 @@ def test_the_weights_of_a_disturbed_job_are_those_of_an_undisturbed_one_to_the_b
 
 
 @pytest.mark.parametrize("method", ["sft", "dqo"])
+@pytest.mark.slow
 def test_the_results_of_a_disturbed_job_are_those_of_an_undisturbed_one(method, disturbed, undisturbed):
     ours, theirs = (
         json.loads((runs(output, method)[0] / "results.json").read_text())["metrics"]
@@ -176,6 +179,7 @@ def test_the_results_of_a_disturbed_job_are_those_of_an_undisturbed_one(method, 
 
 
 @pytest.mark.parametrize("method", ["sft", "dqo"])
+@pytest.mark.slow
 def test_every_step_is_logged_once_with_the_numbers_of_an_undisturbed_job(method, disturbed, undisturbed):
     ours, theirs = logged(runs(disturbed.output, method)[0]), logged(runs(undisturbed, method)[0])
     assert [row["step"] for row in ours] == [str(step) for step in range(STEPS + 1)]
@@ -187,6 +191,7 @@ def logged(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if not k.startswith("throughput")} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_no_answer_is_sampled_twice(disturbed):
     before = disturbed.in_rollouts.answered
     assert 0 < before < PROMPTS
@@ -197,23 +202,27 @@ def test_no_answer_is_sampled_twice(disturbed):
     assert len({(row["prompt_id"], row["sample"]) for row in rows}) == len(rows) == PROMPTS * 4
 
 
+@pytest.mark.slow
 def test_the_answers_of_a_killed_rollout_are_those_of_an_undisturbed_one(disturbed, undisturbed):
     (ours,), (theirs,) = (output.glob("rollouts/*/trajectories.jsonl") for output in (disturbed.output, undisturbed))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_with_status_130_and_says_how_to_go_on(disturbed):
     assert disturbed.by_ctrl_c.status == 130
     assert "Traceback" not in disturbed.by_ctrl_c.err
     assert disturbed.by_ctrl_c.err.splitlines()[-1].startswith("interrupted: the same command continues from the last")
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_named_and_an_older_one_taken(disturbed):
     assert f"warning: passed over: {disturbed.truncated} has " in disturbed.by_ctrl_c.err
     assert "it is truncated" in disturbed.by_ctrl_c.err
     assert str(disturbed.truncated) not in disturbed.by_ctrl_c.out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_flipped_bit_is_named_and_an_older_one_taken(disturbed):
     said = [attempt for attempt in disturbed.last if "passed over" in attempt.err]
     assert len(said) == 1
@@ -222,6 +231,7 @@ def test_a_checkpoint_with_a_flipped_bit_is_named_and_an_older_one_taken(disturb
     assert str(disturbed.flipped) not in said[0].out
 
 
+@pytest.mark.slow
 def test_of_two_same_commands_at_once_one_waits_and_takes_the_results_of_the_other(disturbed):
     waited = [attempt for attempt in disturbed.last if "waiting for process" in attempt.err]
     assert len(waited) == 1

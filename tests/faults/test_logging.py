@@ -40,6 +40,7 @@ def unreachable(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_a_run_whose_wandb_does_not_answer_goes_on_offline_with_one_warning(unreachable):
     output, done, seconds, _ = unreachable
     assert done.returncode == 0, done.stderr

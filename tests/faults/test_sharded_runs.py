@@ -83,6 +83,7 @@ def undisturbed(tmp_path_factory) -> Path:
     return run_of(output)
 
 
+@pytest.mark.slow
 def test_a_job_killed_while_saving_and_then_damaged_ends_as_if_nothing_had_happened(undisturbed, tmp_path):
     killed = carried_out(*TWO, f"output={tmp_path}", DIES_AT="6")
     assert killed.returncode == 1

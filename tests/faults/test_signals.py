@@ -149,6 +149,7 @@ def test_a_killed_process_is_named_and_takes_the_others_with_it(start, outputs):
     assert steps_saved(outputs)
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_is_named_with_where_it_was(start):
     running = start(*LONG, "trainer=ddp", *TWO, "trainer.timeout_minutes=0.1", "trainer.grace_minutes=0.05")
     running.until(lambda: running.step() >= 5)
@@ -162,6 +163,7 @@ def test_a_process_that_hangs_is_named_with_where_it_was(start):
     assert not running.left_behind()
 
 
+@pytest.mark.slow
 def test_processes_whose_launcher_is_killed_save_and_leave(start, outputs):
     running = start(*LONG, "trainer=ddp", *TWO)
     running.until(lambda: running.step() >= 5).process.kill()
@@ -173,6 +175,7 @@ def test_processes_whose_launcher_is_killed_save_and_leave(start, outputs):
     assert steps_saved(outputs)[-1] == last_row(outputs) + 1
 
 
+@pytest.mark.slow
 def test_a_run_started_again_after_a_failure_continues_from_its_checkpoint(start, outputs):
     running = start(*LONG, "trainer=ddp", *TWO, "trainer.restarts=1", "callbacks.checkpoint_every=3")
     running.until(lambda: len(steps_saved(outputs)) > 1)

@@ -113,6 +113,7 @@ def test_killed_and_started_again_it_is_equal_to_the_byte(alone, tmp_path):
     assert torch.equal(weights(again), weights(alone))
 
 
+@pytest.mark.slow
 def test_begun_on_two_sharded_processes_and_finished_on_one(alone, tmp_path):
     killed(tmp_path, 12, "trainer=fsdp", *TWO)
     again = carried_out(tmp_path)
@@ -138,6 +139,7 @@ def test_shards_written_from_text_are_read_back(tmp_path):
     assert losses[-1] < losses[0] - 1.5
 
 
+@pytest.mark.slow
 def test_a_grid_ends_with_a_comparison(tmp_path):
     words = ["-m", "seed=0,1", "optimizer=adamw,mars", "trainer.max_steps=8", f"hydra.sweep.dir={tmp_path / 'grid'}"]
     process = start(tmp_path / "out", *words)

@@ -43,6 +43,7 @@ def weights(run: Path) -> torch.Tensor:
     return torch.nn.utils.parameters_to_vector(T6.load(run / "export").parameters())
 
 
+@pytest.mark.slow
 def test_two_sharded_processes_are_one_and_both_leave_the_network(tmp_path):
     words = ("optimizer=mars", "optimizer.lr=3e-3")
     one = carried_out(tmp_path / "one", *words)

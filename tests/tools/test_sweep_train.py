@@ -45,6 +45,7 @@ def processes(run: Path) -> list[dict]:
     return [json.loads(path.read_text()) for path in sorted(run.glob("process-*.json"))]
 
 
+@pytest.mark.slow
 def test_a_sweep_over_train_py_finds_each_trials_main_run_and_its_metric(place, trains):
     trains("model=dqo", method="grid", parameters={"model.value_lr": {"values": [1e-3, 1e-4]}})
     status, out, err = place.sweep()
@@ -58,6 +59,7 @@ def test_a_sweep_over_train_py_finds_each_trials_main_run_and_its_metric(place, 
     assert "record" not in json.loads((runs(place)[0] / "results.json").read_text())["command"]
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_trial_have_the_same_hyperparameters(place, trains):
     """Random values would differ between processes if each of them drew its own."""
     axes = {"optimizer.lr": {"distribution": "log_uniform_values", "min": 1e-5, "max": 1e-2}}
