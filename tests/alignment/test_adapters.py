@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,18 +20,21 @@ SMALL = (
     *("policy=hf", "policy.lora={r: 4, alpha: 8}", "start=null", "compare=null", "data=chat"),
     *("data.batch_size=8", "data.max_prompt=400", "data.max_response=100", "trainer.log_every_n_steps=1"),
     *("trainer.max_steps=4", "trainer.val_check_interval=2", "optimizer.lr=1e-2"),
-    *("rollouts.k=2", "rollouts.max_new=12", "evaluation.k=1", "evaluation.max_new=12"),
+    *("rollouts.k=4", "rollouts.max_new=40", "evaluation.k=1", "evaluation.max_new=12"),
 )
 GAME = ("model.iterations=2", "data.standin={train: 24, val: 4, test: 4, turns: 2, things: 2, cyclic: 0.5}")
 
 
 def random_llama(folder: Path) -> Path:
-    """A folder as `save_pretrained` leaves it: byte-level BPE learned from this project's pages, random weights."""
+    """A folder as `save_pretrained` leaves it: byte-level BPE learned from this project's pages, random weights.
+
+    The vocabulary is small so that some answers end by chance: one that is cut off beats none, and ties make no pair.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special, alphabet = ["<s>", "</s>", "<pad>"], pre_tokenizers.ByteLevel.alphabet()
     pages = [str(path) for path in sorted((ROOT / "docs").glob("*.md"))]
-    backend.train(pages, trainers.BpeTrainer(vocab_size=1000, special_tokens=special, initial_alphabet=alphabet))
+    backend.train(pages, trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, **dict(zip(("bos_token", "eos_token", "pad_token"), special))
     )
@@ -39,6 +43,7 @@ def random_llama(folder: Path) -> Path:
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=1024, bos_token_id=0, eos_token_id=1, pad_token_id=2,
     )  # fmt: skip
+    torch.manual_seed(1)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
