@@ -49,7 +49,7 @@ from torch import Tensor
 from datamodules.map_entries import check_same_grid
 from datamodules.map_processing import scale_of
 from datamodules.mrc import MapRecord, available_memory, read_map, save_map
-from datamodules.regridding import back_from_cube, cubic_edge, on_cube, padded
+from datamodules.regridding import back_from_cube, band_limited, cubic_edge, on_cube, padded
 from lightning_modules.cryo import prior as priors
 from lightning_modules.cryo.baselines import wiener
 from lightning_modules.cryo.fourier import low_pass, resolution, to_truth
@@ -204,7 +204,7 @@ def read_halves(paths: Sequence[Path], prior: priors.DensityPrior, settings: Set
     if np.array_equal(first.voxels, second.voxels):
         raise ValueError(f"{paths[0]} and {paths[1]} are the same map: noise is read off the difference of half maps")
     spectra = spectra_of(first, second, settings)
-    cubes = [on_cube(record, prior.voxel_size) for record in (first, second)]
+    cubes = [on_cube(band_limited(record, prior.voxel_size), prior.voxel_size) for record in (first, second)]
     side = max(len(cubes[0].voxels), prior.box)
     volumes = torch.from_numpy(np.stack([padded(cube.voxels, side) for cube in cubes]))
     if settings.task == "wedge":
