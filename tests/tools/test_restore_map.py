@@ -81,9 +81,7 @@ def test_noise_finer_than_the_prior_is_not_spread_over_what_it_sees(export, tmp_
     """The box is padded along x, which would cut that noise off."""
     known, rng = prior.load(export), np.random.default_rng(1)
     edge = density().shape[2]
-    finest = 5 * np.cos(
-        2 * np.pi * 8 * np.arange(edge) / edge
-    )  # a period of 5.3 angstrom: the prior has 10
+    finest = 5 * np.cos(2 * np.pi * 8 * np.arange(edge) / edge)  # a period of 5.3 angstrom: the prior has 10
     noise = 0.2 * rng.standard_normal((2, *density().shape))
     seen = []
     for sign in (0, 1):
