@@ -118,7 +118,13 @@ def test_an_interrupted_restoration_goes_on_to_the_same_map(told, tmp_path, monk
 
 def test_bad_input_is_one_sentence(told, tmp_path, halves):
     first = halves[0]
-    moved, small, other = (tmp_path / name for name in ("moved.mrc", "small.mrc", "other.txt"))
+    moved, small, other, hole, sizeless = (
+        tmp_path / name for name in ("moved.mrc", "small.mrc", "other.txt", "hole.mrc", "sizeless.mrc")
+    )
+    for path, voxels, size in ((hole, np.where(density() > 0.9, np.nan, density()), VOXEL), (sizeless, density(), 0)):
+        with mrcfile.new(path) as file:
+            file.set_data(voxels.astype(np.float32))
+            file.voxel_size = size
     save_map(moved, MapRecord(density(), (VOXEL * 1.1,) * 3))
     save_map(small, MapRecord(density()[:-2], (VOXEL,) * 3, origin=(10.0, -4.0, 7.5)))
     other.write_text("no map")
@@ -134,6 +140,8 @@ def test_bad_input_is_one_sentence(told, tmp_path, halves):
         ((), [first, small], "differ in shape"),
         ((), [first, other], "other.txt"),
         ((), [first, tmp_path / "none.mrc"], "none.mrc"),
+        ((), [first, hole], "NaN or infinite: write 0 or the density that belongs there"),
+        ((), [first, sizeless], "has no voxel size (cell (0, 0, 0) A): set it in the header, or give voxel_size"),
     ):
         status, err = told(*words, files=files)
         assert status == 1, words
