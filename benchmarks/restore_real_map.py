@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from datamodules.mrc import read_map, save_map
-from datamodules.regridding import cubic_edge, on_cube, padded
+from datamodules.regridding import band_limited, cubic_edge, on_cube, padded
 from lightning_modules.cryo import prior as priors
 from lightning_modules.cryo.baselines import soft_masked
-from lightning_modules.cryo.fourier import auc, fsc
+from lightning_modules.cryo.fourier import auc, fsc, resolution
+from lightning_modules.cryo.map_figures import fsc_curves, written
 from lightning_modules.cryo.operators import noise_for, spectral_noise
 from lightning_modules.cryo.restoration import seeded
 from tools import restore_map
@@ -61,15 +62,28 @@ def made(truth, folder: Path) -> list[Path]:
 
 
 def compare(truth, halves: list[Path], out: Path, voxel_size: float) -> None:
-    """FSC-AUC with the map that the halves were made from, on the prior's grid, to its Nyquist frequency."""
+    """FSC with the map that the halves were made from, on the prior's grid, to its Nyquist frequency."""
     first, second = (read_map(path) for path in halves)
     mean = replace(first, voxels=(first.voxels + second.voxels) / 2)
     maps = {"observed": mean, "restored": read_map(out), "half 1": first, "half 2": second}
-    cubes = {name: torch.from_numpy(on_cube(record, voxel_size).voxels) for name, record in maps.items()}
-    reference = torch.from_numpy(on_cube(truth, voxel_size).voxels)
+    maps["truth"] = truth
+    coarse = {name: on_cube(band_limited(record, voxel_size), voxel_size) for name, record in maps.items()}
+    cubes = {name: torch.from_numpy(record.voxels) for name, record in coarse.items()}
     cubes["soft mask"] = soft_masked(cubes["observed"], fsc(cubes["half 1"], cubes["half 2"]))
-    for name in ("observed", "soft mask", "restored"):
-        print(f"{name}: FSC-AUC {float(auc(fsc(cubes[name], reference))):.4f}")
+    between = fsc(cubes["half 1"], cubes["half 2"])
+    curves = {name: fsc(cubes[name], cubes["truth"]) for name in ("observed", "soft mask", "restored")}
+    side, size = cubes["truth"].shape[-1], coarse["truth"].voxel_size
+    met = written(resolution(between, side, size))
+    print(f"half maps with each other: FSC-AUC {float(auc(between)):.4f}, 0.143 at {met}")
+    for name, curve in curves.items():
+        met = written(resolution(curve, side, size, 0.5))
+        print(f"{name}: FSC-AUC {float(auc(curve)):.4f}, 0.5 at {met}")
+    shells = ", ".join(f"{side * size / shell:.1f}" for shell in range(1, side // 2 + 1))
+    print(f"shells of {shells} A:")
+    for name, curve in {"half maps": between, **curves}.items():
+        print(f"  {name}: " + " ".join(f"{value:.2f}" for value in curve[1:].tolist()))
+    figure = fsc_curves({name.replace(" ", "_"): curve for name, curve in curves.items()}, side, size, truth.path.name)
+    figure.savefig(out.with_name("with_the_truth.png"), dpi=160)
 
 
 if __name__ == "__main__":

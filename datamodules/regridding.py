@@ -83,6 +83,20 @@ def back_from_cube(cube: MapRecord, record: MapRecord, voxel_size: float) -> Map
     return replace(record, voxels=voxels)
 
 
+def band_limited(record: MapRecord, voxel_size: float) -> MapRecord:
+    """The map on its own grid without what is finer, along an axis, than two voxels of `voxel_size` angstrom.
+
+    For noisy maps before they are padded: where noise ends sharply at the box it is spread over all frequencies.
+    """
+    found = record.voxels.astype(np.float64 if max(record.voxels.shape) <= EXACT_EDGE else np.float32)
+    for axis, (edge, size) in enumerate(zip(found.shape, record.voxel_sizes[::-1])):
+        spectrum = scipy.fft.rfft(found, axis=axis)
+        finer = scipy.fft.rfftfreq(edge, size) > 0.5 / voxel_size
+        spectrum[(slice(None),) * axis + (finer,)] = 0
+        found = scipy.fft.irfft(spectrum, edge, axis=axis)
+    return replace(record, voxels=found.astype(np.float32))
+
+
 def _grids(record: MapRecord, target: float) -> list[Grid]:
     """One for each axis, z first; all the same where voxels are cubes."""
     shape, sizes = record.voxels.shape, record.voxel_sizes[::-1]

@@ -49,7 +49,7 @@ from torch import Tensor
 from datamodules.map_entries import check_same_grid
 from datamodules.map_processing import scale_of
 from datamodules.mrc import MapRecord, available_memory, read_map, save_map
-from datamodules.regridding import back_from_cube, cubic_edge, on_cube, padded
+from datamodules.regridding import back_from_cube, band_limited, cubic_edge, on_cube, padded
 from lightning_modules.cryo import prior as priors
 from lightning_modules.cryo.baselines import wiener
 from lightning_modules.cryo.fourier import low_pass, resolution, to_truth
@@ -71,6 +71,13 @@ from tessera.compose import CONF
 
 TASKS = ("denoise", "anisotropic", "wedge")
 SAVED_EVERY = 20.0  # seconds
+REMEDIES = {  # of the reader, which speaks to those who train
+    "data.assume_voxel_size": "voxel_size",
+    "set data.allow_anisotropic=true to resample it": "resample it to cubes first",
+    "set data.nan_policy=zero to read them as 0": "write 0 or the density that belongs there",
+    "lower data.voxel_size": "it needs a prior with finer voxels",
+    "change data.voxel_size": "it needs a prior with other voxels",
+}
 NOTES = (
     "Where the weight is near 0 what is seen comes from the prior: it may be invented, however sharp it looks.",
     "Where draws differ (_std.mrc) nothing is certain; where they agree the prior may still be wrong.",
@@ -204,7 +211,7 @@ def read_halves(paths: Sequence[Path], prior: priors.DensityPrior, settings: Set
     if np.array_equal(first.voxels, second.voxels):
         raise ValueError(f"{paths[0]} and {paths[1]} are the same map: noise is read off the difference of half maps")
     spectra = spectra_of(first, second, settings)
-    cubes = [on_cube(record, prior.voxel_size) for record in (first, second)]
+    cubes = [on_cube(band_limited(record, prior.voxel_size), prior.voxel_size) for record in (first, second)]
     side = max(len(cubes[0].voxels), prior.box)
     volumes = torch.from_numpy(np.stack([padded(cube.voxels, side) for cube in cubes]))
     if settings.task == "wedge":
@@ -242,12 +249,19 @@ def main(words: Sequence[str] | None = None) -> int:
         halves = read_halves(options.halves, prior, settings)
         restore(halves, prior, settings, options.output, _identity(options, settings))
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(_here(str(error)).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _here(sentence: str) -> str:
+    """A sentence with the remedies that there are here."""
+    for elsewhere, remedy in REMEDIES.items():
+        sentence = sentence.replace(elsewhere, remedy)
+    return sentence
 
 
 def restore(halves: Halves, prior: priors.DensityPrior, settings: Settings, output: Path, identity: str) -> None:
@@ -260,7 +274,7 @@ def restore(halves: Halves, prior: priors.DensityPrior, settings: Settings, outp
     job = Restoration(
         prior.prediction, settings.guide(), sampler, times, tiling, settings.draws, settings.batch, settings.seed
     )
-    console.print(plan(halves, prior, job, settings))
+    console.print(plan(halves, prior, job, settings), soft_wrap=True)
     operator = settings.operator(halves.spectra.on(prior.box, halves.coarser).noise, prior.box)
     units = prior.mean * halves.scale, prior.std * halves.scale
     measured, inner = operator.standardised(halves.volumes, *units)
@@ -272,7 +286,7 @@ def restore(halves: Halves, prior: priors.DensityPrior, settings: Settings, outp
     text = report(halves, prior, job, settings, output)
     _beside(output, ".txt").write_text(text)
     _partial(output, identity).unlink(missing_ok=True)
-    console.print(text)
+    console.print(text, soft_wrap=True)
 
 
 def plan(halves: Halves, prior: priors.DensityPrior, job: Restoration, settings: Settings) -> str:

@@ -43,10 +43,7 @@ def beside(maps: Mapping[str, Volume], title: str = "") -> Figure:
     )
     for row, (view, look) in zip(axes, views.items()):
         pictures = {name: look(volume) for name, volume in maps.items()}
-        # noise must not set the scale: where the truth or a restoration is shown, it does
-        leading = next((pictures[name] for name in ("truth", "restored") if name in pictures), None)
-        leading = leading if leading is not None else next(iter(pictures.values()))
-        low, high = min(0.0, float(leading.quantile(0.01))), float(leading.quantile(0.999))
+        low, high = _grey_scale(pictures)
         for axis, (name, picture) in zip(row, pictures.items()):
             ends = (0.0, float(picture.max())) if name == "deviation" else (low, high)
             axis.imshow(picture, cmap="gray_r", vmin=ends[0], vmax=ends[1], origin="lower", interpolation="nearest")
@@ -56,6 +53,14 @@ def beside(maps: Mapping[str, Volume], title: str = "") -> Figure:
         row[0].set_ylabel(view, fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
+
+
+def _grey_scale(pictures: Mapping[str, Float[Tensor, "n m"]]) -> tuple[float, float]:
+    """White and black: of the truth, else the wider of filtered and restored. Noise must not set them."""
+    shown = ["truth"] if "truth" in pictures else [name for name in ("filtered", "restored") if name in pictures]
+    leading = [pictures[name] for name in shown or list(pictures)[:1]]
+    lows, highs = zip(*((float(picture.quantile(0.01)), float(picture.quantile(0.999))) for picture in leading))
+    return min(0.0, *lows), max(highs)
 
 
 def fsc_curves(curves: Mapping[str, Float[Tensor, "*map shells"]], side: int, voxel_size: float, title: str) -> Figure:

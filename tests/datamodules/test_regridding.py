@@ -9,7 +9,7 @@ from maps import blob
 from scipy.ndimage import center_of_mass
 
 from datamodules.mrc import MapFormatError, MapRecord
-from datamodules.regridding import Grid, back_from_cube, grid_for, on_cube, padded, resampled
+from datamodules.regridding import Grid, back_from_cube, band_limited, grid_for, on_cube, padded, resampled
 
 COARSE, FINE = (32, 2.25), (48, 1.5)
 
@@ -80,6 +80,14 @@ def test_a_map_on_a_cube_is_where_it_was_and_comes_back(shape, target):
     back = back_from_cube(cube, record, target)
     assert (back.nstart, back.voxel_sizes) == (record.nstart, record.voxel_sizes)
     assert np.abs(back.voxels - record.voxels).max() < 2e-3
+
+
+def test_a_band_limit_takes_the_finer_waves_and_leaves_the_others():
+    z, y, _ = np.meshgrid(*(np.arange(n) for n in (20, 18, 17)), indexing="ij")
+    coarse, fine = np.cos(2 * np.pi * z * 4 / 20), np.cos(2 * np.pi * y * 5 / 18)  # periods of 10 and 7.2 angstrom
+    limited = band_limited(MapRecord((coarse + fine).astype(np.float32), (2.0, 2.0, 2.0)), 4.0)
+    assert np.abs(limited.voxels - coarse).max() < 1e-5
+    assert limited.voxel_sizes == (2.0, 2.0, 2.0)
 
 
 def test_voxels_that_are_no_cubes_become_cubes():

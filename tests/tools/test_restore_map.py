@@ -77,6 +77,22 @@ def test_a_map_is_restored_on_its_grid_and_in_its_place(told, tmp_path, words):
     assert "GB of memory" in " ".join(err.split())
 
 
+def test_noise_finer_than_the_prior_is_not_spread_over_what_it_sees(export, tmp_path):
+    """The box is padded along x, which would cut that noise off."""
+    known, rng = prior.load(export), np.random.default_rng(1)
+    edge = density().shape[2]
+    finest = 5 * np.cos(2 * np.pi * 8 * np.arange(edge) / edge)  # a period of 5.3 angstrom: the prior has 10
+    noise = 0.2 * rng.standard_normal((2, *density().shape))
+    seen = []
+    for sign in (0, 1):
+        paths = [tmp_path / f"{sign}-{half}.mrc" for half in (1, 2)]
+        for half, path in enumerate(paths):
+            voxels = density() + noise[half] + sign * (-1) ** half * finest
+            save_map(path, MapRecord(voxels.astype(np.float32), (VOXEL,) * 3))
+        seen.append(restore_map.read_halves(paths, known, restore_map.Settings(scale="1")).volumes)
+    assert (seen[0] - seen[1]).abs().max() < 1e-4
+
+
 def test_an_interrupted_restoration_goes_on_to_the_same_map(told, tmp_path, monkeypatch):
     told(*FAST)
     whole = read_map(tmp_path / "out.mrc").voxels
@@ -102,7 +118,13 @@ def test_an_interrupted_restoration_goes_on_to_the_same_map(told, tmp_path, monk
 
 def test_bad_input_is_one_sentence(told, tmp_path, halves):
     first = halves[0]
-    moved, small, other = (tmp_path / name for name in ("moved.mrc", "small.mrc", "other.txt"))
+    moved, small, other, hole, sizeless = (
+        tmp_path / name for name in ("moved.mrc", "small.mrc", "other.txt", "hole.mrc", "sizeless.mrc")
+    )
+    for path, voxels, size in ((hole, np.where(density() > 0.9, np.nan, density()), VOXEL), (sizeless, density(), 0)):
+        with mrcfile.new(path) as file:
+            file.set_data(voxels.astype(np.float32))
+            file.voxel_size = size
     save_map(moved, MapRecord(density(), (VOXEL * 1.1,) * 3))
     save_map(small, MapRecord(density()[:-2], (VOXEL,) * 3, origin=(10.0, -4.0, 7.5)))
     other.write_text("no map")
@@ -118,6 +140,8 @@ def test_bad_input_is_one_sentence(told, tmp_path, halves):
         ((), [first, small], "differ in shape"),
         ((), [first, other], "other.txt"),
         ((), [first, tmp_path / "none.mrc"], "none.mrc"),
+        ((), [first, hole], "NaN or infinite: write 0 or the density that belongs there"),
+        ((), [first, sizeless], "has no voxel size (cell (0, 0, 0) A): set it in the header, or give voxel_size"),
     ):
         status, err = told(*words, files=files)
         assert status == 1, words
