@@ -2,19 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-import train
 from tessera.compose import CONF, compose
 from tessera.words import phase, problems
-from tests.theory.test_game_solver import run_folder, without_throughput
-from tests.waiting import until
+from tests.theory.runs import check_that_a_killed_run_ends_with_the_same_bytes, run_folder
 
 ROOM = ("kl_", "f_cb", "two_stage")
 SMALL = ("data=bandit", "compare=null", "model.copies=3", "trainer.enable_progress_bar=false")
@@ -137,20 +131,4 @@ def test_what_makes_no_problem_is_refused_in_a_sentence(say, words, reason):
 @pytest.mark.slow
 def test_a_killed_bandit_goes_on_to_the_same_bytes(tmp_path):
     job = ("model=kl_ucb", "data=bandit", "compare=null", "model.copies=20", "callbacks.checkpoint_every=10")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(output: Path) -> list[str]:
-        return [sys.executable, train.__file__, *job, f"output={output}"]
-
-    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL)
-    until(lambda: list((tmp_path / "killed").glob("*/*/*/checkpoints/step-000[0-9][3-9]*.ckpt")))
-    process.kill()
-    assert process.wait() == -9
-    again = subprocess.run(command(tmp_path / "killed"), env=environment, check=True, capture_output=True, text=True)
-    assert "continuing from" in again.stdout
-    whole, killed = (run_folder(tmp_path / name) for name in ("whole", "killed"))
-    for name in ("export/curves.csv", "metrics.csv"):
-        assert without_throughput(whole / name) == without_throughput(killed / name)
-    tables = [json.loads((folder / "results.json").read_text())["table"] for folder in (whole, killed)]
-    assert tables[0] == tables[1]
+    check_that_a_killed_run_ends_with_the_same_bytes(tmp_path, job, "step-000[0-9][3-9]*.ckpt")

@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from lightning_modules.processes.ctmc_schedules import Constant, LogLinear
 from lightning_modules.processes.exact_law import early_stopping
 from lightning_modules.processes.ode import Heun
 from lightning_modules.theory.discrete_diffusion import DiscreteDiffusion
+from tests.theory.runs import run_folder
 
 QUICK = ("data.dimension=3", "trainer.enable_progress_bar=false", "model.kappa=0.5")
 
@@ -34,10 +34,6 @@ class Lazy(Leap):
 def say(told, tmp_path):
     """`say("data=...", ...)` in this process: the exit status and what stood on stderr."""
     return lambda *words: told(f"output={tmp_path}", *words)
-
-
-def run_folder(output: Path) -> Path:
-    return next(output.glob("*/*/*/run.json")).parent
 
 
 def laboratory(sampler=None, data=None, kernel=Uniform, noise=None, **settings) -> DiscreteDiffusion:

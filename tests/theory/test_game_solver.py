@@ -2,17 +2,12 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import train
 from lightning_modules.theory.simulation import slope
-from tests.waiting import until
+from tests.theory.runs import check_that_a_killed_run_ends_with_the_same_bytes, run_folder
 
 JOB = (
     "model=markov_game",
@@ -27,10 +22,6 @@ JOB = (
 def say(told, tmp_path):
     """`say("data=rps", ...)` in this process: the exit status and what stood on stderr."""
     return lambda *words: told(f"output={tmp_path}", *words)
-
-
-def run_folder(output: Path) -> Path:
-    return next(output.glob("*/*/*/run.json")).parent
 
 
 def test_a_run_leaves_curves_a_figure_and_the_table(say, tmp_path):
@@ -82,25 +73,4 @@ def test_a_slope_is_fitted_until_rounding_takes_over():
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(output: Path) -> list[str]:
-        return [sys.executable, train.__file__, *JOB, f"output={output}"]
-
-    subprocess.run(command(tmp_path / "whole"), env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(command(tmp_path / "killed"), env=environment, stdout=subprocess.DEVNULL)
-    until(lambda: list((tmp_path / "killed").glob("*/*/*/checkpoints/step-000[12]*.ckpt")))
-    process.kill()
-    assert process.wait() == -9
-    again = subprocess.run(command(tmp_path / "killed"), env=environment, check=True, capture_output=True, text=True)
-    assert "continuing from" in again.stdout
-    whole, killed = (run_folder(tmp_path / name) for name in ("whole", "killed"))
-    for name in ("export/curves.csv", "metrics.csv"):
-        assert without_throughput(whole / name) == without_throughput(killed / name)
-    tables = [json.loads((folder / "results.json").read_text())["table"] for folder in (whole, killed)]
-    assert tables[0] == tables[1]
-
-
-def without_throughput(path: Path) -> list[dict[str, str]]:
-    rows = csv.DictReader(path.open())
-    return [{name: value for name, value in row.items() if not name.startswith("throughput")} for row in rows]
+    check_that_a_killed_run_ends_with_the_same_bytes(tmp_path, JOB, "step-000[12]*.ckpt")
