@@ -14,12 +14,6 @@ ROOM = ("kl_", "f_cb", "two_stage")
 SMALL = ("data=bandit", "compare=null", "model.copies=3", "trainer.enable_progress_bar=false")
 
 
-@pytest.fixture
-def say(told, tmp_path):
-    """`say("model=kl_ucb", ...)` in this process: the exit status and what stood on stderr."""
-    return lambda *words: told(f"output={tmp_path}", *words)
-
-
 FAST = [
     (("model=kl_ucb", "data.rounds=64", "model.fit_from=8"), {"per_doubling", "predicted", "slope"}),
     (("model=two_stage", "feedback=preference", "data.rounds=512", "model.fit_from=64"), {"slope", "n_gap"}),

@@ -30,12 +30,6 @@ class Lazy(Leap):
         return 0.9 * Tweedie().transition(denoiser, x, t, u) + 0.1 * stay
 
 
-@pytest.fixture
-def say(told, tmp_path):
-    """`say("data=...", ...)` in this process: the exit status and what stood on stderr."""
-    return lambda *words: told(f"output={tmp_path}", *words)
-
-
 def laboratory(sampler=None, data=None, kernel=Uniform, noise=None, **settings) -> DiscreteDiffusion:
     settings = {
         **{"grid": "uniform", "steps": 16, "kappa": 0.2, "start": 8.0, "delta": 0.0, "tilt": 0.0, "jitter": 0.0},
@@ -178,7 +172,7 @@ def test_every_loss_trains_and_is_sampled_from(words, say, tmp_path):
 
 @pytest.mark.slow
 def test_a_learned_posterior_gives_a_law_below_its_bound(say, tmp_path):
-    assert say("model=learned_ctmc", "target.disorder=0", "trainer.enable_progress_bar=false")[0] == 0
+    assert say("model=learned_ctmc", "data.target.disorder=0", "trainer.enable_progress_bar=false")[0] == 0
     folder = run_folder(tmp_path)
     rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row.get("val/kl")]
     assert len(rows) == 12

@@ -18,12 +18,6 @@ JOB = (
 )
 
 
-@pytest.fixture
-def say(told, tmp_path):
-    """`say("data=rps", ...)` in this process: the exit status and what stood on stderr."""
-    return lambda *words: told(f"output={tmp_path}", *words)
-
-
 def test_a_run_leaves_curves_a_figure_and_the_table(say, tmp_path):
     assert say("model=markov_game", "data=random_games", "data.rounds=200", "data.game.games=3")[0] == 0
     folder = run_folder(tmp_path)

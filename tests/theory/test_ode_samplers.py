@@ -42,12 +42,6 @@ class Cosine(ProbabilityPath):
         return torch.sin(math.pi / 2 * t)
 
 
-@pytest.fixture
-def say(told, tmp_path):
-    """`say("model=...", ...)` in this process: the exit status and what stood on stderr."""
-    return lambda *words: told(f"output={tmp_path}", *words)
-
-
 def finished(output: Path, model: str) -> tuple[Path, dict]:
     folder = next(output.glob(f"{model}/*/*/results.json")).parent
     return folder, json.loads((folder / "results.json").read_text())
