@@ -11,9 +11,10 @@ import os
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import mrcfile
@@ -38,11 +39,30 @@ NAN_POLICIES = ("error", "zero")
 CATCHING = threading.Lock()  # what warnings do is one state for all threads
 
 
+class Remedy(Enum):
+    """What a setting of a training run would do about a map; what has other settings says it in its own words."""
+
+    VOXEL_SIZE = "give the true voxel size as data.assume_voxel_size"
+    CUBES = "set data.allow_anisotropic=true to resample it"
+    ZEROS = "set data.nan_policy=zero to read them as 0"
+    FINER = "lower data.voxel_size"
+    OTHER_GRID = "change data.voxel_size"
+
+
 class MapFormatError(ValueError):
-    """A file that is no readable density map, and the reason; the message names it, what is wrong and what to do."""
+    """A file that is no readable density map: its path, what is wrong and what to do, or the remedy to name."""
+
+    def __init__(self, path: Path | str | None, fault: str, remedy: Remedy | None = None) -> None:
+        super().__init__(path, fault, remedy)
+        self.remedy = remedy
 
     def __str__(self) -> str:
-        return " ".join(map(str, self.args))
+        return self.told({remedy: remedy.value for remedy in Remedy})
+
+    def told(self, remedies: Mapping[Remedy, str]) -> str:
+        """The sentence, with its remedy in the words of `remedies`."""
+        path, fault, remedy = self.args
+        return f"{path} {fault}" if remedy is None else f"{path} {fault}: {remedies[remedy]}"
 
 
 class NoDensityError(MapFormatError):
@@ -322,7 +342,7 @@ def _voxel_sizes(
             "it onto an orthogonal grid first",
         )
     if given is not None:
-        _check_voxel_size(path, given, "data.assume_voxel_size")
+        _check_voxel_size(path, given, "as it is given")
         return given, given, given
     cell = [float(header["cella"][name]) for name in "xyz"]
     sampling = [int(header[name]) for name in ("mx", "my", "mz")]
@@ -331,19 +351,18 @@ def _voxel_sizes(
         sampling = list(shape)
     sizes = [length / intervals for length, intervals in zip(cell, sampling)]
     if not all(np.isfinite(sizes)) or min(sizes) <= 0:
-        raise MapFormatError(
-            path, f"has no voxel size (cell {_triple(cell)} A): set it in the header, or give data.assume_voxel_size"
-        )
+        raise MapFormatError(path, f"has no voxel size by its header (cell {_triple(cell)} A)", Remedy.VOXEL_SIZE)
     mean = sum(sizes) / 3
     for size in sizes:
-        _check_voxel_size(path, size, "its header")
+        _check_voxel_size(path, size, "by its header")
     spread = max(abs(size - mean) for size in sizes) / mean
     if allow_anisotropic:
         return sizes[0], sizes[1], sizes[2]
     if spread > 1e-3:
         raise NoDensityError(
             path,
-            f"has voxels of {_triple(sizes)} A, which are no cubes: set data.allow_anisotropic=true to resample it",
+            f"has voxels of {_triple(sizes)} A, which are no cubes",
+            Remedy.CUBES,
         )
     if spread > 1e-6:
         found.append(f"voxels of {_triple(sizes)} A, taken for cubes of {mean:.6g}")
@@ -355,8 +374,8 @@ def _check_voxel_size(path: Path, size: float, says: str) -> None:
     if not VOXEL_SIZES[0] <= size <= VOXEL_SIZES[1]:
         raise MapFormatError(
             path,
-            f"has a voxel size of {size:.6g} A by {says}, and from {VOXEL_SIZES[0]:g} to {VOXEL_SIZES[1]:g} is usual: "
-            "give the true one as data.assume_voxel_size",
+            f"has a voxel size of {size:.6g} A {says}, and from {VOXEL_SIZES[0]:g} to {VOXEL_SIZES[1]:g} is usual",
+            Remedy.VOXEL_SIZE,
         )
 
 
@@ -375,9 +394,7 @@ def _finite(path: Path, voxels: np.ndarray, nan_policy: str, found: list[str]) -
         broken = ~np.isfinite(voxels)
         count = f"{np.count_nonzero(broken):,} of {voxels.size:,} voxels"
         if nan_policy == "error":
-            raise MapFormatError(
-                path, f"has {count} that are NaN or infinite: set data.nan_policy=zero to read them as 0"
-            )
+            raise MapFormatError(path, f"has {count} that are NaN or infinite", Remedy.ZEROS)
         found.append(f"{count} are NaN or infinite and read as 0")
         voxels = np.where(broken, np.float32(0), voxels)
         low, high = voxels.min(), voxels.max()

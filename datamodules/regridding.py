@@ -8,7 +8,7 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Float, Float32
 
-from datamodules.mrc import MapFormatError, MapRecord, NoDensityError
+from datamodules.mrc import MapFormatError, MapRecord, NoDensityError, Remedy
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,13 @@ def on_cube(record: MapRecord, voxel_size: float) -> MapRecord:
     if max(true) / min(true) - 1 > ISOTROPIC:
         raise NoDensityError(
             record.path,
-            f"cannot be brought to cubic voxels of {voxel_size:g} A, only to {true}: change data.voxel_size",
+            f"cannot be brought to cubic voxels of {voxel_size:g} A, only to {true}",
+            Remedy.OTHER_GRID,
         )
     mean = sum(true) / 3
     if (smallest := min(grid.size for grid in grids)) < TINY_EDGE:
         raise MapFormatError(
-            record.path, f"is {smallest} voxels of {mean:.4g} A wide, too little for a map: lower data.voxel_size"
+            record.path, f"is {smallest} voxels of {mean:.4g} A wide, too little for a map", Remedy.FINER
         )
     if abs(mean / voxel_size - 1) > TOLERANCE:
         log.warning("%s gets voxels of %.5g A, the next that its box allows to %g", record.path, mean, voxel_size)

@@ -48,7 +48,7 @@ from torch import Tensor
 
 from datamodules.map_entries import check_same_grid
 from datamodules.map_processing import scale_of
-from datamodules.mrc import MapRecord, available_memory, read_map, save_map
+from datamodules.mrc import MapFormatError, MapRecord, Remedy, available_memory, read_map, save_map
 from datamodules.regridding import back_from_cube, band_limited, cubic_edge, on_cube, padded
 from lightning_modules.cryo import prior as priors
 from lightning_modules.cryo.baselines import wiener
@@ -71,12 +71,12 @@ from tessera.compose import CONF
 
 TASKS = ("denoise", "anisotropic", "wedge")
 SAVED_EVERY = 20.0  # seconds
-REMEDIES = {  # of the reader, which speaks to those who train
-    "data.assume_voxel_size": "voxel_size",
-    "set data.allow_anisotropic=true to resample it": "resample it to cubes first",
-    "set data.nan_policy=zero to read them as 0": "write 0 or the density that belongs there",
-    "lower data.voxel_size": "it needs a prior with finer voxels",
-    "change data.voxel_size": "it needs a prior with other voxels",
+REMEDIES = {
+    Remedy.VOXEL_SIZE: "give the true voxel size as voxel_size",
+    Remedy.CUBES: "resample it to cubes first",
+    Remedy.ZEROS: "write 0 or the density that belongs there",
+    Remedy.FINER: "it needs a prior with finer voxels",
+    Remedy.OTHER_GRID: "it needs a prior with other voxels",
 }
 NOTES = (
     "Where the weight is near 0 what is seen comes from the prior: it may be invented, however sharp it looks.",
@@ -249,19 +249,13 @@ def main(words: Sequence[str] | None = None) -> int:
         halves = read_halves(options.halves, prior, settings)
         restore(halves, prior, settings, options.output, _identity(options, settings))
     except (ValueError, OSError, MemoryError) as error:
-        print(f"error: {' '.join(_here(str(error)).split())}", file=sys.stderr)
+        told = error.told(REMEDIES) if isinstance(error, MapFormatError) else str(error)
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted: the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
-
-def _here(sentence: str) -> str:
-    """A sentence with the remedies that there are here."""
-    for elsewhere, remedy in REMEDIES.items():
-        sentence = sentence.replace(elsewhere, remedy)
-    return sentence
 
 
 def restore(halves: Halves, prior: priors.DensityPrior, settings: Settings, output: Path, identity: str) -> None:

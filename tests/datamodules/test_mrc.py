@@ -13,7 +13,7 @@ import pytest
 from maps import REAL, blob, patched, real, write
 from scipy.ndimage import map_coordinates
 
-from datamodules.mrc import MapFormatError, MapRecord, NoDensityError, read_map, save_map
+from datamodules.mrc import MapFormatError, MapRecord, NoDensityError, Remedy, read_map, save_map
 from datamodules.regridding import back_from_cube, on_cube
 from datamodules.structures import read_structure
 
@@ -232,8 +232,8 @@ def test_a_given_voxel_size_replaces_that_of_the_header(tmp_path):
 
 
 def test_an_error_survives_the_way_from_a_worker():
-    error = pickle.loads(pickle.dumps(NoDensityError("a.mrc", "is an image")))
-    assert (type(error), str(error)) == (NoDensityError, "a.mrc is an image")
+    error = pickle.loads(pickle.dumps(NoDensityError("a.mrc", "is no cube", Remedy.CUBES)))
+    assert (type(error), str(error)) == (NoDensityError, f"a.mrc is no cube: {Remedy.CUBES.value}")
 
 
 # ---- damage at random

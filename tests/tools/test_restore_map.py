@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.mrc import MapRecord, read_map, save_map
+from datamodules.mrc import MapRecord, Remedy, read_map, save_map
 from lightning_modules.cryo import prior
 from lightning_modules.cryo.restoration import Restoration
 from lightning_modules.cryo.unet import UNet
@@ -116,6 +116,10 @@ def test_an_interrupted_restoration_goes_on_to_the_same_map(told, tmp_path, monk
     assert np.array_equal(read_map(tmp_path / "cut.mrc").voxels, whole)
 
 
+def test_every_remedy_of_the_reader_has_words_here():
+    assert set(restore_map.REMEDIES) == set(Remedy)
+
+
 def test_bad_input_is_one_sentence(told, tmp_path, halves):
     first = halves[0]
     moved, small, other, hole, sizeless = (
@@ -141,7 +145,7 @@ def test_bad_input_is_one_sentence(told, tmp_path, halves):
         ((), [first, other], "other.txt"),
         ((), [first, tmp_path / "none.mrc"], "none.mrc"),
         ((), [first, hole], "NaN or infinite: write 0 or the density that belongs there"),
-        ((), [first, sizeless], "has no voxel size (cell (0, 0, 0) A): set it in the header, or give voxel_size"),
+        ((), [first, sizeless], "has no voxel size by its header (cell (0, 0, 0) A): give the true voxel size"),
     ):
         status, err = told(*words, files=files)
         assert status == 1, words
