@@ -172,7 +172,7 @@ def _scale(axis: plt.Axes, x: list[float], y: list[float]) -> None:
         axis.set(xscale="log", yscale="log", ylim=(None if wide else max(min(positive), 1e-12), None))
     if few:
         axis.set_xticks(x, [f"{point:g}" for point in x])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
 
 
 def _slope(table: dict[str, str], name: str, alone: bool) -> str | None:

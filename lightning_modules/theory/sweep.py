@@ -88,7 +88,7 @@ class Sweep(Simulation):
         axis.set(xscale="linear" if self.against in self.linear else "log", yscale="log")
         axis.set(xlabel=self.axis_labels.get(self.against, self.against), title=self.title)
         axis.set_xticks(self.points, [f"{point:g}" for point in self.points])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.25)
         axis.legend(fontsize=8)
         return {"curves": figure}
