@@ -14,7 +14,7 @@ words, each with its default:
   axis=y, beam=z   the tilt axis and the direction of the beam
   guidance=normalised  normalised | pigdm (exact for Gaussian data)
   kappa=1          strength of normalised guidance; the paper's 1000 steps are 1.953
-  sampler=dpmpp_2m steps=25   any word of conf/sampler
+  sampler=dpmpp_2m steps=100   any word of conf/sampler; 25 steps for a first look
   draws=4          restorations that mean and standard deviation are taken over
   overlap=0.5      of neighbouring tiles, which have the size of the prior's cubes
   batch=4          tiles at once
@@ -98,7 +98,7 @@ class Settings:
     guidance: str = "normalised"
     kappa: float = 1.0
     sampler: str = "dpmpp_2m"
-    steps: int = 25
+    steps: int = 100  # with 25 guidance of one length overshoots in shells that are nearly free of noise
     draws: int = 4
     overlap: float = 0.5
     batch: int = 4

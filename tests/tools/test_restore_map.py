@@ -134,7 +134,7 @@ def test_bad_input_is_one_sentence(told, tmp_path, halves):
     other.write_text("no map")
     for words, files, sentence in (
         (("task=sharpen",), None, "task=sharpen: there are denoise, anisotropic, wedge"),
-        (("steps=few",), None, "steps=few: steps is a whole number, such as steps=25"),
+        (("steps=few",), None, "steps=few: steps is a whole number, such as steps=100"),
         (("draw=4",), None, "draw=4: words are name=value, with task"),
         (("task=wedge", "tilt=100"), None, "tilt=100.0 is the largest tilt"),
         (("scale=-1",), None, "scale=-1 must be positive, or auto"),
