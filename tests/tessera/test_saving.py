@@ -92,15 +92,16 @@ def trained(
     keep: int = 100,
     moment: Moment | None = None,
     asynchronous: bool = False,
+    validated: int = VALIDATED,
 ) -> Line:
     """Twelve steps in epochs of four, validated at every sixth on three batches; from the newest checkpoint, if any."""
     line, stop, written = Line(folder, moment), Stop(), VerifiedCheckpointIO(keep)
     trainer = L.Trainer(
         max_steps=STEPS,
         accumulate_grad_batches=accumulate,
-        val_check_interval=VALIDATED * accumulate,
+        val_check_interval=validated * accumulate,
         check_val_every_n_epoch=None,
-        callbacks=[Newest(folder, every, VALIDATED, stop)],
+        callbacks=[Newest(folder, every, validated, stop)],
         plugins=[AsyncCheckpointIO(written) if asynchronous else written, LightningEnvironment()],
         accelerator="cpu",
         logger=False,
@@ -168,6 +169,21 @@ def test_a_run_stopped_at_any_step_is_the_undisturbed_one(step, tmp_path, undist
     second = trained(tmp_path)
     assert second.weight.item() == undisturbed.weight.item()
     assert first.validated + second.validated == undisturbed.validated
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    "moment", [Moment("validation", 1), Moment("validation", 3), Moment("validation", 5), Moment("step", EPOCH)], ids=repr
+)
+def test_a_run_stopped_in_the_validation_at_the_end_of_an_epoch_goes_on(moment, accumulate, tmp_path):
+    whole = trained(tmp_path / "whole", accumulate, validated=EPOCH)
+    call = (moment.call - 1) * accumulate + 1 if moment.hook == "step" else moment.call
+    first = trained(tmp_path / "run", accumulate, moment=Moment(moment.hook, call), validated=EPOCH)
+    assert first.stopped.code == 143
+    second = trained(tmp_path / "run", accumulate, validated=EPOCH)
+    assert second.trainer.current_epoch == whole.trainer.current_epoch
+    assert second.weight.item() == whole.weight.item()
+    assert first.validated + second.validated == whole.validated
 
 
 def test_a_run_that_saves_in_a_second_thread_has_written_all_when_it_is_stopped(tmp_path, undisturbed):
