@@ -198,7 +198,7 @@ def _validate(trainer) -> None:
     loop = trainer.fit_loop.epoch_loop.val_loop
     trainer.validating, loop.restarting = True, False
     loop.run()
-    # as after a checkpoint that followed its validation; else an epoch that ends here is done before its loop has begun,
-    # which leaves that loop restarting, and it finds every later epoch done too, without end
+    # as after a checkpoint that followed its validation; else an epoch that ends here is done before its loop has
+    # begun, which leaves that loop restarting, and it finds every later epoch done too, without end
     loop._has_run = False
     trainer.training = True

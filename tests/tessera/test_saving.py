@@ -172,13 +172,11 @@ def test_a_run_stopped_at_any_step_is_the_undisturbed_one(step, tmp_path, undist
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(
-    "moment", [Moment("validation", 1), Moment("validation", 3), Moment("validation", 5), Moment("step", EPOCH)], ids=repr
-)
-def test_a_run_stopped_in_the_validation_at_the_end_of_an_epoch_goes_on(moment, accumulate, tmp_path):
+@pytest.mark.parametrize(("hook", "call"), [("validation", 1), ("validation", 3), ("validation", 5), ("step", EPOCH)])
+def test_a_run_stopped_in_the_validation_at_the_end_of_an_epoch_goes_on(hook, call, accumulate, tmp_path):
     whole = trained(tmp_path / "whole", accumulate, validated=EPOCH)
-    call = (moment.call - 1) * accumulate + 1 if moment.hook == "step" else moment.call
-    first = trained(tmp_path / "run", accumulate, moment=Moment(moment.hook, call), validated=EPOCH)
+    call = (call - 1) * accumulate + 1 if hook == "step" else call
+    first = trained(tmp_path / "run", accumulate, moment=Moment(hook, call), validated=EPOCH)
     assert first.stopped.code == 143
     second = trained(tmp_path / "run", accumulate, validated=EPOCH)
     assert second.trainer.current_epoch == whole.trainer.current_epoch
