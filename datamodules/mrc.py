@@ -42,7 +42,7 @@ CATCHING = threading.Lock()  # what warnings do is one state for all threads
 class Remedy(Enum):
     """What a setting of a training run would do about a map; what has other settings says it in its own words."""
 
-    VOXEL_SIZE = "give the true voxel size as data.assume_voxel_size"
+    VOXEL_SIZE = "set it in the header, or give data.assume_voxel_size"
     CUBES = "set data.allow_anisotropic=true to resample it"
     ZEROS = "set data.nan_policy=zero to read them as 0"
     FINER = "lower data.voxel_size"
@@ -50,11 +50,13 @@ class Remedy(Enum):
 
 
 class MapFormatError(ValueError):
-    """A file that is no readable density map: its path, what is wrong and what to do, or the remedy to name."""
+    """A file that is no readable density map; the message names it, what is wrong and what to do.
+
+    What to do is the end of `fault`, or a `remedy` where it depends on who reads.
+    """
 
     def __init__(self, path: Path | str | None, fault: str, remedy: Remedy | None = None) -> None:
         super().__init__(path, fault, remedy)
-        self.remedy = remedy
 
     def __str__(self) -> str:
         return self.told({remedy: remedy.value for remedy in Remedy})
@@ -351,7 +353,7 @@ def _voxel_sizes(
         sampling = list(shape)
     sizes = [length / intervals for length, intervals in zip(cell, sampling)]
     if not all(np.isfinite(sizes)) or min(sizes) <= 0:
-        raise MapFormatError(path, f"has no voxel size by its header (cell {_triple(cell)} A)", Remedy.VOXEL_SIZE)
+        raise MapFormatError(path, f"has no voxel size (cell {_triple(cell)} A)", Remedy.VOXEL_SIZE)
     mean = sum(sizes) / 3
     for size in sizes:
         _check_voxel_size(path, size, "by its header")

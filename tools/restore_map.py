@@ -72,7 +72,7 @@ from tessera.compose import CONF
 TASKS = ("denoise", "anisotropic", "wedge")
 SAVED_EVERY = 20.0  # seconds
 REMEDIES = {
-    Remedy.VOXEL_SIZE: "give the true voxel size as voxel_size",
+    Remedy.VOXEL_SIZE: "set it in the header, or give voxel_size",
     Remedy.CUBES: "resample it to cubes first",
     Remedy.ZEROS: "write 0 or the density that belongs there",
     Remedy.FINER: "it needs a prior with finer voxels",

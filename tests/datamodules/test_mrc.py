@@ -232,6 +232,8 @@ def test_a_given_voxel_size_replaces_that_of_the_header(tmp_path):
 
 
 def test_an_error_survives_the_way_from_a_worker():
+    error = pickle.loads(pickle.dumps(NoDensityError("a.mrc", "is an image")))
+    assert (type(error), str(error)) == (NoDensityError, "a.mrc is an image")
     error = pickle.loads(pickle.dumps(NoDensityError("a.mrc", "is no cube", Remedy.CUBES)))
     assert (type(error), str(error)) == (NoDensityError, f"a.mrc is no cube: {Remedy.CUBES.value}")
 

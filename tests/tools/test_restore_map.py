@@ -145,7 +145,7 @@ def test_bad_input_is_one_sentence(told, tmp_path, halves):
         ((), [first, other], "other.txt"),
         ((), [first, tmp_path / "none.mrc"], "none.mrc"),
         ((), [first, hole], "NaN or infinite: write 0 or the density that belongs there"),
-        ((), [first, sizeless], "has no voxel size by its header (cell (0, 0, 0) A): give the true voxel size"),
+        ((), [first, sizeless], "has no voxel size (cell (0, 0, 0) A): set it in the header, or give voxel_size"),
     ):
         status, err = told(*words, files=files)
         assert status == 1, words
