@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,6 +28,7 @@ from lightning_modules.theory.transport import (
 
 FLOOR = 1e-11  # total variation below which rounding and the initial error take over
 BAND = 0.15  # how far a fitted order may lie below the stated one
+TICKS = 8  # up to so many points of an axis have one each
 
 
 class Cell(NamedTuple):
@@ -47,7 +48,7 @@ class Study:
     x_label: ClassVar[str]
     y_label: ClassVar[str] = "total variation"
     drawn: ClassVar[str] = "tv"
-    corner: ClassVar[str] = "best"  # of the legend
+    place: ClassVar[dict[str, Any]] = {"loc": "best"}  # of the legend
 
     def begin(self, laboratory: Laboratory, sampler: Sampler) -> list[Cell]:
         """Take the laboratory and the sampler that is studied; the cells to measure, that sampler's last."""
@@ -86,7 +87,11 @@ class Study:
             axis.set(title=panel, xlabel=self.x_label)
             self.decorate(axis, [record for record in records if record[0].panel == panel])
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7.5, loc=self.corner)
+            points = sorted({self.abscissa(cell) for cell, _ in records})
+            if len(points) <= TICKS:
+                axis.set_xticks(points, [f"{point:g}" for point in points])
+                axis.xaxis.minorticks_off()
+            axis.legend(fontsize=7.5, **self.place)
             axis.set_ylabel(self.y_label if axis.get_subplotspec().is_first_col() else "")
         return {type(self).__name__.lower(): figure}
 
@@ -102,7 +107,12 @@ class Orders(Study):
     """
 
     x_label = "evaluations of the score"
-    corner = "lower left"
+    place: ClassVar[dict[str, Any]] = {
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, -0.13),
+        "ncols": 2,
+        "frameon": False,
+    }
 
     def __init__(self, beside: dict[str, Sampler] | None, grids: dict[str, MakeGrid], steps: list[int]) -> None:
         self.beside, self.grids, self.steps = beside or {}, grids, sorted(steps)
@@ -289,7 +299,7 @@ class ScoreError(Study):
     """An error A sin(omega x) of the score: TV measured, and the bound that weighs its divergence beside its size."""
 
     x_label = "frequency omega of the error"
-    corner = "upper left"
+    place: ClassVar[dict[str, Any]] = {"loc": "upper left"}
 
     def __init__(
         self, grid: MakeGrid, steps: int, amplitudes: list[float], frequencies: list[float], amplitude: float,

@@ -89,6 +89,8 @@ class Samples(Simulation):
             left.plot(rounds, self.predicted / rounds, "k--", lw=1.2, label=f"predicted, {self.predicted:.3g} / n")
             right.axhline(self.predicted, color="k", ls="--", lw=1.2, label="predicted")
         left.set(xscale="log", yscale="log", xlabel="samples n", ylabel="gap")
+        if values.min() > 0 and np.ptp(np.log(values)) < 1e-9:  # of a policy that does not learn
+            left.set_ylim(values.min() / 10, values.max() * 10)
         figure.suptitle(self.title)
         top = scaled.mean(1).max()
         wide = top > 20 * max(scaled.mean(1)[-1], 1e-300)
